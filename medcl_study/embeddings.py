@@ -78,7 +78,7 @@ def _cat(tensors):
 def _pad(x, length):
     return torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1)
 
-# %% ../nbs/02_embeddings.ipynb #b5bbfc1f
+# %% ../nbs/02_embeddings.ipynb #a6c1cf1f
 def world_size() -> int:
     "Count the processes of the current group (1 outside of one)."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -98,7 +98,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         n = len(grad) // world_size()
         return grad[rank() * n:(rank() + 1) * n]
