@@ -14,4 +14,5 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires=f">={meta['min_python']}", packages=find_packages(include=['medcl_study', 'medcl_study.*']),
     install_requires=meta['requirements'].split(), extras_require=extras,
+    entry_points={'console_scripts': meta.get('console_scripts', '').split()},
 )
