@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLUMNS', 'SCHEMA', 'Task', 'prediction_rows', 'tasks_of', 'check_predictions', 'stacked',
-           'write_predictions', 'read_predictions', 'concat_predictions']
+           'write_predictions', 'read_predictions', 'concat_predictions', 'metrics_of', 'measure', 'score', 'compare',
+           'mean_over_runs']
 
-# %% ../nbs/52_predictions.ipynb #bce83fc3
+# %% ../nbs/52_predictions.ipynb #ae56d01c
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from . import stats
 from .core import DataError, atomic
+from .metrics import METRICS, enough_positives, one_hot
 
 # %% ../nbs/52_predictions.ipynb #fb36dec5
 KINDS = {'binary': 'auroc', 'multiclass': 'macro_auroc', 'multilabel': 'macro_auroc', 'retrieval': 'recall_at_10'}
@@ -187,3 +191,162 @@ def concat_predictions(
     joined = pd.concat([o[list(COLUMNS)] for o in frames], ignore_index=True)
     joined.attrs['tasks'] = tasks
     return check_predictions(joined)
+
+# %% ../nbs/52_predictions.ipynb #0678648a
+def _arrays(task, rows):
+    "Scores, targets (flat for class indices) and groups of one block, in the order of the ids."
+    rows = rows.sort_values('id')
+    scores, targets = stacked(rows['scores']), stacked(rows['target']).astype(int)
+    return scores, targets[:, 0] if task.kind in ('binary', 'multiclass') else targets, rows['group'].to_numpy()
+
+
+def _fewest_groups(task, targets, groups):
+    "Count the groups of the scarcest class, positives or negatives, among classes that enter a macro average."
+    if task.kind == 'retrieval': return None
+    truth = one_hot(targets, len(task.classes))
+    if task.kind != 'binary': truth = truth[:, enough_positives(targets, len(task.classes))]
+    counts = [len(np.unique(groups[side])) for positive in truth.T for side in (positive, ~positive)]
+    return min(counts, default=None)
+
+
+def metrics_of(
+    task: Task,
+    targets, # (n, 2) positives and candidates, for retrieval
+) -> list[str]:
+    "Name the metrics defined on a task; Recall@k needs more than k candidates."
+    names = [name for name, metric in METRICS.items() if task.kind in metric.kinds]
+    if task.kind != 'retrieval': return names
+    most = np.asarray(targets)[:, 1].max()
+    return [o for o in names if not o.startswith('recall_at_') or int(o.rsplit('_', 1)[1]) < most]
+
+
+class _Block:
+    "One run's predictions of one task and variant as statistics of weights."
+    def __init__(self, frame, resamples=2000, seed=0):
+        several = [o for o in ('run', 'task', 'protocol', 'prompt_set', 'draw') if frame[o].nunique() > 1]
+        if several: raise DataError(f'expected predictions of one model and variant, found several {several}',
+                                    remedy='Select the rows first.')
+        (self.task,), self.ids = tasks_of(frame).values(), np.sort(frame['id'].to_numpy())
+        self.scores, self.targets, self.groups = _arrays(self.task, frame)
+        self.fewest = _fewest_groups(self.task, self.targets, self.groups)
+        strata = self.targets if self.task.kind in ('binary', 'multiclass') else None
+        self.draws = stats.resample(self.groups, strata, resamples=resamples, seed=seed)
+
+    def statistic(self, metric):
+        return lambda w: METRICS[metric].function(self.scores, self.targets, weights=w)
+
+    def options(self, metric):
+        row = METRICS[metric]
+        bounded = not (row.share or row.smaller_is_better)
+        return {'trials': self.fewest if bounded else None, 'smooth': not row.smaller_is_better}
+
+    def estimate(self, metric):
+        return stats.estimate(self.statistic(metric), self.draws, share=METRICS[metric].share, **self.options(metric))
+
+# %% ../nbs/52_predictions.ipynb #98a69df0
+def measure(
+    frame: pd.DataFrame, # rows of one run, task, protocol, prompt set and draw
+    metric: str = '', # key of METRICS; '' = the task's primary one
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> stats.Estimate:
+    "Compute one metric with its 95 % interval and its replicates."
+    block = _Block(frame, resamples, seed)
+    return block.estimate(metric or block.task.metric)
+
+
+def score(
+    frame: pd.DataFrame, # predictions of one run, any tasks and protocols
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict]: # 'task/protocol/metric', and '/prompt set' where it is not the task's own
+    "Compute every metric of every task and protocol, with 95 % intervals; a metric that is undefined is warned of."
+    if frame['run'].nunique() != 1: raise DataError(f'score takes one run, found {sorted(frame["run"].unique())}')
+    tasks, scores = tasks_of(check_predictions(frame)), {}
+    for (name, protocol, prompt_set), rows in frame.groupby(['task', 'protocol', 'prompt_set'], sort=False):
+        rows.attrs, task = frame.attrs, tasks[name]
+        variant = '' if prompt_set in ('', task.prompt_set) else f'/{prompt_set}'
+        blocks = [_Block(rows[rows['draw'] == o], resamples, seed) for o in sorted(rows['draw'].unique())]
+        for metric in metrics_of(task, blocks[0].targets):
+            key = f'{name}/{protocol}/{metric}{variant}'
+            try: scores[key] = _entry(blocks, metric)
+            except ValueError as e: warnings.warn(f'{key} is left out: {e}')
+    return scores
+
+
+def _entry(blocks, metric):
+    "What a record stores of one metric: its mean over draws, usually one, and what it rests on."
+    task, targets, row = blocks[0].task, blocks[0].targets, METRICS[metric]
+    entry = {'metric': metric, 'n': len(blocks[0].ids), 'groups': len(np.unique(blocks[0].groups)),
+             'primary': metric == task.metric, 'chance': row.chance(targets, len(task.classes))}
+    estimates = [o.estimate(metric) for o in blocks]
+    if len(blocks) == 1: entry |= {o: getattr(estimates[0], o) for o in ('value', 'low', 'high')}
+    else:
+        mean = _mean(blocks, [o.value for o in estimates], [o.replicates for o in estimates], metric)
+        entry |= {o: getattr(mean, o) for o in ('value', 'low', 'high')} | {'draws': len(blocks)}
+    rare = [] if not row.macro else [c for c, kept in zip(task.classes, enough_positives(targets, len(task.classes)))
+                                     if not kept]
+    if rare: entry['left_out'] = rare
+    if estimates[0].cautions: entry['cautions'] = list(estimates[0].cautions)
+    return entry
+
+
+def _mean(blocks, values, replicates, metric, bounds=None):
+    "Average over draws or runs of one test set, with both sources of spread."
+    _same_samples(blocks)
+    bounds = bounds or ((1, np.inf) if METRICS[metric].smaller_is_better else (0, 1))
+    return stats.mean_over_seeds(values, replicates, groups=len(np.unique(blocks[0].groups)), bounds=bounds)
+
+
+def _same_samples(blocks):
+    "Raise `DataError` unless all blocks hold the same samples, targets and groups."
+    first = blocks[0]
+    for other in blocks[1:]:
+        lone = set(first.ids) ^ set(other.ids)
+        if lone: raise DataError(f'{len(lone)} samples are in only one of two tables, e.g. {min(lone)!r}',
+                                 remedy='Compare predictions on the same test set.')
+        for name in ('targets', 'groups'):
+            bad = np.flatnonzero((getattr(first, name) != getattr(other, name)).reshape(len(first.ids), -1).any(1))
+            if len(bad): raise DataError(f'{name} of sample {first.ids[bad[0]]!r} differ between two tables')
+
+# %% ../nbs/52_predictions.ipynb #0a0ace6f
+def compare(
+    first: pd.DataFrame, # rows of one run, task, protocol, prompt set and draw
+    second: pd.DataFrame, # the same samples, from another model or protocol
+    metric: str = '', # key of METRICS; '' = the task's primary one
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict: # metric, value, low, high, n, groups, first, second
+    "Estimate first − second with its 95 % interval on shared resamples; raises `DataError` if the samples differ."
+    a, b = _Block(first, resamples, seed), _Block(second, resamples, seed)
+    _same_samples([a, b])
+    metric = metric or a.task.metric
+    one, two = a.statistic(metric), b.statistic(metric)
+    e = stats.paired_difference(one, two, a.draws, **a.options(metric))
+    whole = np.ones((1, len(a.ids)))
+    entry = {'metric': metric, 'value': e.value, 'low': e.low, 'high': e.high, 'n': e.n, 'groups': e.groups,
+             'first': float(one(whole)[0]), 'second': float(two(whole)[0])}
+    return entry | ({'cautions': list(e.cautions)} if e.cautions else {})
+
+
+def mean_over_runs(
+    frames, # one table per training seed, each of one run, task, protocol, prompt set and draw
+    metric: str = '', # key of METRICS; '' = the task's primary one
+    *,
+    minus=None, # tables of another method, seed by seed: the mean difference is estimated
+    resamples: int = 2000,
+    seed: int = 0,
+) -> stats.SeedMean:
+    "Average a metric, or a paired difference, over training seeds, with sampling and training spread apart."
+    blocks = [_Block(o, resamples, seed) for o in frames]
+    others = [] if minus is None else [_Block(o, resamples, seed) for o in minus]
+    if minus is not None and len(others) != len(blocks): raise ValueError('minus must hold one table per table in frames')
+    metric = metric or blocks[0].task.metric
+    _same_samples(blocks + others)
+    def sides(block): return np.r_[block.statistic(metric)(np.ones((1, len(block.ids)))),
+                                   stats.replicate(block.statistic(metric), block.draws)]
+    both = np.stack([sides(o) for o in blocks]) - (np.stack([sides(o) for o in others]) if others else 0)
+    return _mean(blocks, both[:, 0], both[:, 1:], metric, bounds=(-np.inf, np.inf) if others else None)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Resamples', 'resample', 'replicate', 'acceleration', 'percentile_interval', 'bca_interval', 'wilson_interval',
-           'Estimate', 'estimate', 'paired_difference', 'SeedMean', 'mean_over_seeds']
+           't_interval', 'Estimate', 'estimate', 'paired_difference', 'SeedMean', 'mean_over_seeds']
 
-# %% ../nbs/51_stats.ipynb #1c4c3e1b
+# %% ../nbs/51_stats.ipynb #37966e91
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats as distributions
+from scipy.special import expit, logit
 
 # %% ../nbs/51_stats.ipynb #200cb0ee
 @dataclass(frozen=True)
@@ -123,14 +124,29 @@ def wilson_interval(
     low, high = (np.array([centre - half, centre + half]) / (1 + z**2 / n)).clip(0, 1)
     return float(low), float(high)
 
-# %% ../nbs/51_stats.ipynb #15481661
+# %% ../nbs/51_stats.ipynb #b1187ee2
+def t_interval(
+    value: float,
+    replicates, # (b,)
+    trials: int, # independent groups of the scarcest class, at least 2
+    *,
+    level: float = .95,
+    odds: bool = False, # work on the log-odds scale: `value` strictly between 0 and 1, and so the interval
+) -> tuple[float, float]:
+    "Put a t interval with `trials` − 1 degrees of freedom on the standard error of the replicates."
+    half = distributions.t.ppf((1 + level) / 2, trials - 1) * np.std(replicates) * np.sqrt(trials / (trials - 1))
+    if not odds: return float(value - half), float(value + half)
+    half = half / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+# %% ../nbs/51_stats.ipynb #62bdb73a
 @dataclass(frozen=True)
 class Estimate:
     "A value, its 95 % interval, what that rests on, and what to keep in mind."
     value: float
     low: float
     high: float
-    method: str # 'bca', 'percentile' or 'wilson'
+    method: str # 'bca', 't', 'percentile' or 'wilson'
     n: int # samples
     groups: int # independent groups
     cautions: tuple[str, ...] = ()
@@ -146,16 +162,16 @@ def estimate(
     smooth: bool = True, # False for medians and the like: no BCa
     level: float = .95,
 ) -> Estimate:
-    "Compute a statistic with its interval: Wilson for shares near 0 and 1, else BCa where it holds, else percentile."
+    "Compute a statistic with its interval, by the rules above; raises ValueError where it is undefined."
     n, groups = len(resamples.group_of), resamples.counts.shape[1]
     value, replicates = float(statistic(np.ones((1, n)))[0]), replicate(statistic, resamples)
     if not np.isfinite(value): raise ValueError('the statistic is not defined on the data')
     usable = replicates[np.isfinite(replicates)]
     if not len(usable): raise ValueError('the statistic is not defined on any resample')
-    interval, method = None, 'wilson'
-    if share and (size := _effective_size(value, usable, n, groups)) * min(value, 1 - value) < 10:
-        interval = wilson_interval(value, size, level=level)
+    size, interval, method = _effective_size(value, usable, n, groups), None, 'wilson'
+    if share and size * min(value, 1 - value) < 10: interval = wilson_interval(value, size, level=level)
     elif trials and value in (0, 1): interval = wilson_interval(value, trials, level=level)
+    elif trials and 1 < trials < 30: interval, method = t_interval(value, usable, trials, level=level, odds=True), 't'
     elif smooth and np.ptp(usable) > 0:
         interval, method = bca_interval(value, usable, acceleration(statistic, resamples), level=level), 'bca'
     if interval is None: interval, method = percentile_interval(usable, level=level), 'percentile'
@@ -176,7 +192,7 @@ def _cautions(groups, trials, undefined):
     if undefined > .01: notes.append(f'{undefined:.0%} of the resamples lack a class and are left out')
     return tuple(notes)
 
-# %% ../nbs/51_stats.ipynb #f86209f8
+# %% ../nbs/51_stats.ipynb #be062ca5
 def paired_difference(
     first: Callable, # weights (b, n) -> (b,)
     second: Callable, # the same for the other method, over the same samples
@@ -188,9 +204,13 @@ def paired_difference(
 ) -> Estimate:
     "Estimate first − second on shared resamples."
     e = estimate(lambda w: first(w) - second(w), resamples, smooth=smooth, level=level)
-    same = ('no resample tells the two apart',) if np.nanmax(e.replicates) == np.nanmin(e.replicates) else ()
-    notes = _cautions(e.groups, trials, np.mean(~np.isfinite(e.replicates))) + same
-    return Estimate(e.value, e.low, e.high, e.method, e.n, e.groups, notes, e.replicates)
+    usable = e.replicates[np.isfinite(e.replicates)]
+    notes = _cautions(e.groups, trials, 1 - len(usable) / len(e.replicates))
+    if np.ptp(usable) == 0: notes += ('no resample tells the two apart',)
+    elif smooth and trials and 1 < trials < 30:
+        low, high = t_interval(e.value, usable, trials, level=level)
+        return replace(e, low=low, high=high, method='t', cautions=notes)
+    return replace(e, cautions=notes)
 
 # %% ../nbs/51_stats.ipynb #97cceea3
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ __all__ = ['PRECISIONS', 'PairLearner', 'TrainConfig', 'decay_groups', 'adamw', 
            'LossScale', 'micro_batches', 'MicroBatches', 'process_group', 'average_gradients', 'AverageGradients',
            'diagnostics', 'stuck_at_chance', 'Monitor', 'read_checkpoint', 'Checkpoint', 'Progress', 'train']
 
-# %% ../nbs/40_trainer.ipynb #d3393a7a
+# %% ../nbs/40_trainer.ipynb #e991aa87
 import contextlib
 import dataclasses
 import json
 import math
 import os
-import pickle
 import time
 import warnings
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class TrainConfig:
         for field, holds in rules.items():
             if not holds: raise ValueError(f'TrainConfig.{field} cannot be {getattr(self, field)!r}')
 
-# %% ../nbs/40_trainer.ipynb #9d68fc84
+# %% ../nbs/40_trainer.ipynb #fc65df26
 def decay_groups(
     model: nn.Module,
     weight_decay: float, # for the first group
@@ -85,8 +84,9 @@ def adamw(
     groups: list, # from decay_groups
     lr: float,
 ) -> OptimWrapper:
-    "Make CLIP's AdamW (2103.00020, table 19; eps 1e-6) in torch's fused version, the fastest on CPU and GPU alike."
-    return OptimWrapper(groups, opt=torch.optim.AdamW, convert_groups=False, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    "Make CLIP's AdamW (2103.00020, appendix F) in torch's fused version, the fastest on CPU and GPU alike."
+    return OptimWrapper(groups, opt=torch.optim.AdamW, convert_groups=False, lr=lr, betas=(0.9, 0.98), eps=1e-6,
+                        fused=True)
 
 # %% ../nbs/40_trainer.ipynb #2f05db3f
 def warmup_cosine(
@@ -146,7 +146,7 @@ def micro_batches(
     pieces = [v.tensor_split(parts) for v in batch.values()]
     return [dict(zip(batch, o)) for o in zip(*pieces)]
 
-# %% ../nbs/40_trainer.ipynb #01121e22
+# %% ../nbs/40_trainer.ipynb #81829e51
 class MicroBatches(nn.Module):
     "Run a model in micro-batches that are recomputed in the backward pass: all negatives, a fraction of the memory."
     def __init__(self,
@@ -159,18 +159,20 @@ class MicroBatches(nn.Module):
     def forward(self, batch):
         if not torch.is_grad_enabled(): return self.model(batch)
         contexts = lambda: (contextlib.nullcontext(), _still_statistics(self.model))
-        done = [checkpoint(self.model, o, use_reentrant=False, context_fn=contexts) for o in micro_batches(batch, self.parts)]
+        once = partial(checkpoint, self.model, use_reentrant=False, context_fn=contexts)
+        done = [once(o) for o in micro_batches(batch, self.parts)]
         return type(done[0]).cat(done)
 
 
 @contextlib.contextmanager
 def _still_statistics(model):
-    "Keep running averages of batch norms where they are."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    for m in norms: m.track_running_stats = False
+    "Let batch norms update copies of their running averages."
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    kept = [(m, name, o) for m in norms for name, o in m.named_buffers(recurse=False)]
+    for m, name, o in kept: setattr(m, name, o.clone())
     try: yield
     finally:
-        for m in norms: m.track_running_stats = True
+        for m, name, o in kept: setattr(m, name, o)
 
 # %% ../nbs/40_trainer.ipynb #ff0781c7
 @contextlib.contextmanager
@@ -232,7 +234,7 @@ def stuck_at_chance(
     "Tell whether all `losses` lie at ln n, where InfoNCE is when nothing is told apart."
     return all(abs(o - math.log(n)) < tolerance * math.log(n) for o in losses)
 
-# %% ../nbs/40_trainer.ipynb #f11d22c2
+# %% ../nbs/40_trainer.ipynb #f449c6bf
 def _mean_over_ranks(x: Tensor) -> float:
     x = x.detach().clone()
     if world_size() > 1: dist.all_reduce(x)
@@ -246,19 +248,26 @@ class Monitor(Callback):
         config: TrainConfig,
         per_epoch: int, # steps of one epoch
         file: Path | None = None, # JSON lines, one per row of the history
-    ): self.config, self.per_epoch, self.file, self.history, self.written, self.warned = config, per_epoch, file, [], 0., False
+    ):
+        self.n, self.every, self.late = config.batch_size, config.log_every, per_epoch * config.epochs / 4
+        self.per_epoch, self.file, self.history, self.written, self.warned = per_epoch, file, [], 0.0, False
 
     def after_pred(self):
         rows = len(self.pred) * world_size()
-        if self.training and rows != self.config.batch_size:
-            raise ValueError(f'the loader gives {rows} pairs per step, but TrainConfig.batch_size is {self.config.batch_size}')
+        if self.training and rows != self.n:
+            raise ValueError(f'the loader gives {rows} pairs per step, but TrainConfig.batch_size is {self.n}')
 
     def after_batch(self):
-        if not self.training: self.sums += torch.stack([self.loss.detach() * len(self.pred), self.loss.new_tensor(len(self.pred))])
-        elif self.train_iter % self.config.log_every == 0 or self.train_iter % self.per_epoch == 0: self._add_row()
+        if not self.training: self.valid.append((self.loss.detach() * len(self.pred), len(self.pred)))
+        elif self.train_iter % self.every == 0 or self.train_iter % self.per_epoch == 0: self._add_row()
 
-    def before_validate(self): self.sums = torch.zeros(2, device=next(self.model.parameters()).device)
-    def after_validate(self): self.history[-1]['valid_loss'] = _mean_over_ranks(self.sums[0] / self.sums[1])
+    def before_validate(self): self.valid = []
+    def after_validate(self):
+        if not self.valid: return
+        losses, rows = zip(*self.valid)
+        self.history[-1]['valid_loss'] = _mean_over_ranks(sum(losses) / sum(rows))
+
+
     def after_epoch(self): self._write()
 
     def _add_row(self):
@@ -269,19 +278,21 @@ class Monitor(Callback):
         self.history.append({'step': self.train_iter, 'epoch': self.epoch, 'lr': self.opt.hypers[0]['lr'], 'loss': loss,
                              'valid_loss': None, **diagnostics(self.pred)})
         if time.monotonic() - self.written > 1: self._write()
-        late = self.train_iter >= self.per_epoch * self.config.epochs / 4 and len(self.history) >= 5
-        if late and not self.warned and stuck_at_chance([o['loss'] for o in self.history[-5:]], self.config.batch_size):
-            self.warned = True
-            warnings.warn(f'the loss is still ln {self.config.batch_size} = {math.log(self.config.batch_size):.3f} at step '
-                          f'{self.train_iter}: the model is not learning. Check that images and texts are paired, '
-                          'that something is trainable, and the learning rate.')
+        self._guard()
+
+    def _guard(self):
+        recent = [o['loss'] for o in self.history[-5:]]
+        if self.warned or self.train_iter < self.late or len(recent) < 5 or not stuck_at_chance(recent, self.n): return
+        self.warned = True
+        warnings.warn(f'the loss is still ln {self.n} = {math.log(self.n):.3f} at step {self.train_iter}: the model is '
+                      'not learning. Check that images and texts are paired, and the learning rate.')
 
     def _write(self):
         if self.file is None or rank() > 0: return
         with atomic(self.file) as tmp: tmp.write_text(''.join(json.dumps(o) + '\n' for o in self.history))
         self.written = time.monotonic()
 
-# %% ../nbs/40_trainer.ipynb #ab1098b3
+# %% ../nbs/40_trainer.ipynb #bb271857
 def _setup(model, config, per_epoch):
     "Describe what must not change between the parts of one run."
     shapes = [(k, list(p.shape), p.requires_grad) for k, p in model.named_parameters()]
@@ -297,8 +308,8 @@ def read_checkpoint(
     "Read a checkpoint; raises `DataError` if it is damaged or belongs to a run with other settings."
     if not Path(file).exists(): return None
     try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise DataError(f'not a readable checkpoint ({e})', file=file, remedy='Delete it to start again.') from None
+    except Exception as e: # a damaged pickle raises nearly anything
+        raise DataError(f'not a readable checkpoint ({e!r})', file=file, remedy='Delete it to start again.') from e
     old = state['setup']
     changed = [f'{k} was {old.get(k)!r} and is {v!r}' for k, v in setup.items() if old.get(k) != v]
     if changed: raise DataError(f'this checkpoint belongs to another run: {"; ".join(changed)}', file=file,
@@ -320,16 +331,16 @@ class Checkpoint(Callback):
         self.state = file and read_checkpoint(file, self.setup)
 
     def before_fit(self):
-        self.parts = {'model': self.weights, 'optimizer': self.opt.opt}
-        if hasattr(self.learn, 'loss_scale'): self.parts['scaler'] = self.loss_scale.scaler
+        self.stateful = {'model': self.weights, 'optimizer': self.opt.opt}
+        if hasattr(self.learn, 'loss_scale'): self.stateful['scaler'] = self.loss_scale.scaler
         if self.state:
-            for name, part in self.parts.items(): part.load_state_dict(self.state[name])
+            for name, part in self.stateful.items(): part.load_state_dict(self.state[name])
             self.learn.train_iter, self.monitor.history[:] = self.state['step'], self.state['history']
             self.state = None
         step = torch.tensor(float(self.train_iter), device=next(self.weights.parameters()).device)
         if _mean_over_ranks(step) != self.train_iter:
-            raise RuntimeError(f'process {rank()} resumes at step {self.train_iter}, others elsewhere: {self.file} must be '
-                               'on a disk that all of them share')
+            raise RuntimeError(f'process {rank()} resumes at step {self.train_iter}, others elsewhere: '
+                               f'{self.file} must be on a disk that all of them share')
         self.first, self.offset = divmod(self.train_iter, self.per_epoch)
 
     def before_epoch(self):
@@ -346,7 +357,7 @@ class Checkpoint(Callback):
 
     def _save(self):
         if self.file is None or rank() > 0: return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
         state |= {'setup': self.setup, 'step': self.train_iter, 'history': self.monitor.history}
         with atomic(self.file) as tmp: torch.save(state, tmp)
 

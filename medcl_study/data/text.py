@@ -6,7 +6,8 @@
 __all__ = ['HEADERS', 'MAX_CHARACTERS', 'HUB_NAMES', 'PROMPTS', 'clean_text', 'sections', 'report_text', 'split_sentences',
            'Tokens', 'Tokenizer', 'minilm_folder', 'PromptSet', 'prompts_for']
 
-# %% ../../nbs/12_text.ipynb #ffafffc7
+# %% ../../nbs/12_text.ipynb #8cce3744
+import json
 import re
 import unicodedata
 from dataclasses import dataclass, field
@@ -91,16 +92,21 @@ def report_text(
     parts = sections(report)
     return '\n\n'.join(parts[o] for o in keep if o in parts) or parts.get('body') or report.strip()
 
-# %% ../../nbs/12_text.ipynb #89193e89
+# %% ../../nbs/12_text.ipynb #1a36d25a
 _NEVER_LAST = frozenset('dr drs mr mrs ms prof st vs e.g i.e approx fig figs cf ca resp incl esp viz pt'.split())
 _SELDOM_LAST = frozenset('a.m p.m etc cm mm ml cc mg kg hr hrs yr yrs min sec lt rt ant post lat bilat dept'.split())
-_ITEM = r'\d{1,2}[.)]\s'
-_CANDIDATE = re.compile(rf'''
-    (?P<stop>[.!?])['")\]]*\s+               # a full stop and a space
-  | (?<=[A-Za-z]{{2}}[.!?])(?=[A-Z][a-z])    # a forgotten space: "size.No"
-  | (?P<line>\s*\n\s*)                       # a line break
-  | \s+(?=(?P<item>\d{{1,2}})[.)]\s+[A-Z])   # a list that goes on without a full stop
-''', re.VERBOSE)
+_ITEM = re.compile(r'(\d{1,2})[.)](?=\s|$)')
+_CANDIDATE = re.compile(r"""
+    (?P<stop>[.!?])['")\]]*[ \n]\n?            # a full stop and a space
+  | (?<=[A-Za-z]{2}[.!?])(?=[A-Z][a-z])      # a forgotten space: "size.No"
+  | (?P<line>\n\n?)                          # a line break
+  | [ ](?=(?P<item>\d{1,2})[.)][ ][A-Z])     # a list that goes on without a full stop
+""", re.VERBOSE)
+
+
+def _fold(text):
+    "Fold runs of spaces to one, and blank lines to one blank line."
+    return re.sub(r'\n{3,}', '\n\n', '\n'.join(' '.join(o.split()) for o in text.splitlines())).strip()
 
 
 def _is_abbreviation(word, following):
@@ -111,42 +117,38 @@ def _is_abbreviation(word, following):
     return len(word) == 1 and word.isalpha() and following.islower()
 
 
-def _is_wrapped(line, following):
+def _is_wrapped(text, start, m):
     "Decide whether a line break is only the margin: after a colon, before lower case, or after a full line."
-    return line.endswith(':') or following.islower() or following.isdigit() or len(line) >= 60
+    if re.match(r'(\d{1,2}[.)]|[-*•]) ', text[m.end():m.end() + 4]): return False
+    if text[m.start() - 1] == ':': return True
+    full = m.start() - max(start, text.rfind('\n', 0, m.start()) + 1) >= 60
+    return m['line'] == '\n' and (full or not text[m.end()].isupper())
 
 
 def _keeps_together(text, start, m, item):
-    "Decide whether the candidate `m` lies inside the sentence that began at `start`."
-    following = text[m.end():m.end() + 1]
-    if m['item']: return int(m['item']) != item + 1 or item == 0
-    if m['line'] is not None:
-        if re.match(rf'{_ITEM}|[-*•]\s', text[m.end():m.end() + 8]): return False
-        line = text[max(start, text.rfind('\n', 0, m.start()) + 1, m.start() - 60):m.start()].strip()
-        return _is_wrapped(line, following) and (line.endswith(':') or m['line'].count('\n') == 1)
-    if re.fullmatch(r'\s*\d{1,2}\.?\s*', text[start:min(m.end(), start + 12)]): return True
+    "Decide whether the candidate `m` lies inside the sentence that began at `start`, in list item number `item`."
+    if m['item']: return not item or int(m['item']) != item + 1
+    if m['line']: return _is_wrapped(text, start, m)
+    if m.start() - start < 3 and _ITEM.match(text, start): return True
     word = re.search(r'[\w.]*$', text[max(start, m.start() - 12):m.start()])[0].lower()
-    return m['stop'] == '.' and _is_abbreviation(word, following)
+    return m['stop'] == '.' and _is_abbreviation(word, text[m.end():m.end() + 1])
 
 
 def split_sentences(
-    text: str, # cleaned text; any other works too
+    text: str, # any text; best cleaned by `clean_text`
 ) -> list[str]: # spaces folded; every other character is kept
     "Split into sentences: decimals, abbreviations, list numbers and wrapped lines do not end one."
-    cuts, item = [0], _item(text, 0)
+    text, cuts, item = _fold(text), [0], 0
     for m in _CANDIDATE.finditer(text):
-        if _keeps_together(text, cuts[-1], m, item): continue
-        cuts.append(m.end())
-        item = _item(text, m.end()) or item
-    return [' '.join(text[a:b].split()) for a, b in pairwise([*cuts, len(text)]) if text[a:b].strip()]
+        if number := _ITEM.match(text, cuts[-1]): item = int(number[1])
+        if not _keeps_together(text, cuts[-1], m, item): cuts.append(m.end())
+    sentences = []
+    for piece in (' '.join(text[a:b].split()) for a, b in pairwise([*cuts, len(text)])):
+        if sentences and not re.search(r'\w', piece): sentences[-1] = f'{sentences[-1]} {piece}'.strip()
+        elif piece: sentences.append(piece)
+    return sentences
 
-
-def _item(text, start):
-    "Return the list number at `start`, 0 if there is none."
-    m = re.compile(r'\s*(\d{1,2})[.)]\s').match(text, start)
-    return int(m[1]) if m else 0
-
-# %% ../../nbs/12_text.ipynb #f0d7db2e
+# %% ../../nbs/12_text.ipynb #27e7ae43
 @dataclass(frozen=True)
 class Tokens:
     "A batch of tokenized texts, padded on the right."
@@ -159,7 +161,6 @@ class Tokens:
 
 
 _ROLES = ('pad_token', 'unk_token', 'cls_token', 'sep_token', 'mask_token', 'bos_token', 'eos_token')
-MAX_CHARACTERS = 20_000 # of one text; far beyond any report, and any token limit in use
 
 
 class Tokenizer:
@@ -191,7 +192,9 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int: return self.backend.get_vocab_size()
     @cached_property
-    def hash(self) -> str: return content_hash(self.backend.to_str(), self.special)
+    def hash(self) -> str:
+        "Identify the tokenizer; its file stores scores to 15 digits or so, hence the rounding."
+        return content_hash(json.loads(self.backend.to_str(), parse_float=lambda o: f'{float(o):.9g}'), self.special)
 
     def __repr__(self): return f'Tokenizer({self.vocab_size:,} tokens, at most {self.max_tokens} per text)'
 
@@ -232,25 +235,38 @@ def train(cls: Tokenizer,
         single='[CLS] $A [SEP]', special_tokens=[(o, backend.token_to_id(o)) for o in ('[CLS]', '[SEP]')])
     return cls(backend, _SPECIAL, max_tokens=max_tokens)
 
-# %% ../../nbs/12_text.ipynb #c83a4dc1
-def _join(sentences):
-    "Join sentences; return the text, the offset where each begins, and whether the end was cut off."
-    text = ' '.join(sentences)
-    begins = np.cumsum([0] + [len(o) + 1 for o in sentences[:-1]]) if sentences else np.zeros(0, int)
-    return text[:MAX_CHARACTERS], begins, len(text) > MAX_CHARACTERS
+# %% ../../nbs/12_text.ipynb #b8c753b8
+MAX_CHARACTERS = 20_000 # of one sentence, far beyond any report; the rest is cut off and counted
 
 
-def _sentence_index(encodings, texts, begins):
-    "Find the sentence of every token of a batch, in one flat array."
-    lengths = np.array([len(e.ids) for e in encodings])
-    ends = np.fromiter((o[1] for e in encodings for o in e.offsets), np.int64, lengths.sum())
-    special = np.fromiter(chain.from_iterable(e.special_tokens_mask for e in encodings), bool, lengths.sum())
-    base = np.cumsum([0] + [len(o) + 1 for o in texts[:-1]])
-    counts = np.array([len(o) for o in begins])
-    all_begins = np.concatenate([b + o for b, o in zip(base, begins)])
-    first = np.repeat(np.cumsum(counts) - counts, lengths)
-    found = np.searchsorted(all_begins, np.repeat(base, lengths) + ends, side='left') - 1 - first
-    return np.where(special, -1, np.maximum(found, 0))
+def _pieces(backend, lists):
+    "Tokenize every different sentence once; return (flat ids, begins, lengths, index of each sentence in these)."
+    unique = {}
+    index = [unique.setdefault((' ' if j else '') + o[:MAX_CHARACTERS], len(unique)) for l in lists for j, o in enumerate(l)]
+    encoded = [e.ids for e in backend.encode_batch_fast(list(unique), add_special_tokens=False)]
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    flat = np.fromiter(chain.from_iterable(encoded), np.int64, lengths.sum())
+    return flat, np.cumsum(lengths) - lengths, lengths, np.array(index, np.int64)
+
+
+def _ranges(begins, lengths):
+    "Concatenate the ranges [b, b + l) of all pairs."
+    return np.arange(lengths.sum()) + np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
+
+
+def _place(out, values, counts, kept, first):
+    "Write ragged `values` (`counts` per row) into the rows of `out` from column `first`, at most `kept` per row."
+    rows, columns = np.repeat(np.arange(len(counts)), counts), _ranges(np.zeros_like(counts), counts)
+    real = columns < kept[rows]
+    out[rows[real], first + columns[real]] = values[real]
+    return out
+
+# %% ../../nbs/12_text.ipynb #5678c84d
+def _special_ends(backend):
+    "Find the special ids that this tokenizer puts before and after a text."
+    e = backend.encode('a')
+    real = np.flatnonzero(np.array(e.special_tokens_mask) == 0)
+    return e.ids[:real[0]], e.ids[real[-1] + 1:]
 
 
 @patch
@@ -260,20 +276,25 @@ def __call__(self: Tokenizer,
     max_tokens: int | None = None, # tokens kept per text, special ones included; default: all the tower can read
     pad_to: int | None = None, # width of the arrays; default: the longest text of the batch
 ) -> Tokens:
-    "Tokenize a batch; strings are cleaned and split into sentences first. The cut texts are counted."
+    "Tokenize a batch; strings are cleaned and split into sentences first. The texts that lost their end are counted."
     lists = [split_sentences(clean_text(o)) if isinstance(o, str) else list(o) for o in texts]
+    (before, after), n = _special_ends(self.backend), len(lists)
+    ends = len(before) + len(after)
     limit = min(max_tokens or self.max_tokens, pad_to or self.max_tokens)
-    if not lists: return Tokens(np.zeros((0, 0), np.int64), np.zeros((0, 0), bool), np.zeros((0, 0), np.int64))
-    joined, begins, cut = zip(*map(_join, lists))
-    self.backend.enable_truncation(limit)
-    encodings = self.backend.encode_batch(list(joined))
-    self.backend.no_truncation()
-    lengths = np.array([len(e.ids) for e in encodings])
-    mask = np.arange(pad_to or lengths.max()) < lengths[:, None]
-    ids, sentences = np.full(mask.shape, self.pad_id, np.int64), np.full(mask.shape, -1, np.int64)
-    ids[mask] = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, lengths.sum())
-    sentences[mask] = _sentence_index(encodings, joined, begins)
-    return Tokens(ids, mask, sentences, sum(bool(c or e.overflowing) for c, e in zip(cut, encodings)))
+    if limit <= ends: raise ValueError(f'max_tokens is {limit}; the special tokens alone fill it')
+    flat, begins, lengths, index = _pieces(self.backend, lists)
+    text_of = np.repeat(np.arange(n), np.array([len(o) for o in lists], np.int64))
+    counts = np.bincount(text_of, lengths[index], n).astype(np.int64)
+    kept = np.minimum(counts, limit - ends)
+
+    shape = n, pad_to or int(kept.max(initial=0)) + ends
+    ids = _place(np.full(shape, self.pad_id), flat[_ranges(begins[index], lengths[index])], counts, kept, len(before))
+    number = np.array([j for o in lists for j in range(len(o))], np.int64)
+    sentences = _place(np.full(shape, -1), np.repeat(number, lengths[index]), counts, kept, len(before))
+    ids[:, :len(before)] = before
+    for j, o in enumerate(after): ids[np.arange(n), len(before) + kept + j] = o
+    cut = (counts > kept) | np.array([any(len(s) > MAX_CHARACTERS for s in o) for o in lists], bool)
+    return Tokens(ids, np.arange(shape[1]) < kept[:, None] + ends, sentences, int(cut.sum()))
 
 
 @patch

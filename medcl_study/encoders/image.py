@@ -57,7 +57,7 @@ class PatchDrop(nn.Module):
             tokens = torch.cat([first, take_patches(patches, self.keep)], 1)
         return (tokens, self.keep) if self.indexed else tokens
 
-# %% ../../nbs/20_image_towers.ipynb #d6bea18c
+# %% ../../nbs/20_image_towers.ipynb #075a6bca
 class ImageTower(nn.Module):
     "A timm model without its classifier, giving the features of each position and one global vector."
     def __init__(self,
@@ -134,12 +134,13 @@ class ImageTower(nn.Module):
 
     def groups(self) -> list[list[nn.Parameter]]:
         "Return the parameters in groups from input to output: embeddings, blocks, the last block with the final norm."
+        if not hasattr(self.net, 'group_matcher'): return [g for o in self.net.children() if (g := list(o.parameters()))]
         matcher = self.net.group_matcher()
         if isinstance(matcher, dict): matcher |= {'rest': [(r'.', (99999,))]} # timm's code for: join the previous group
         named = dict(self.net.named_parameters())
         return [[named[o] for o in names] for _, names in sorted(group_parameters(self.net, matcher).items())]
 
-# %% ../../nbs/20_image_towers.ipynb #90ac7063
+# %% ../../nbs/20_image_towers.ipynb #2cb3456e
 IMAGE_TOWERS = { # name → (timm model, what differs from it)
     'vit_small_p8': ('vit_tiny_patch16_224', dict(patch_size=8, embed_dim=192, depth=6, num_heads=3)),
     'vit_tiny_p8': ('vit_tiny_patch16_224', dict(patch_size=8, embed_dim=96, depth=3, num_heads=3)),
@@ -165,11 +166,12 @@ def image_tower(
     config = timm.get_pretrained_cfg(model)
     size = {'img_size': image_size} if config.fixed_input_size else {}
     make = lambda **kwargs: timm.create_model(model, num_classes=0, in_chans=channels, **size, **own | (options or {}), **kwargs)
+    statistics = config.mean, config.std
     if weights == 'hub': net = _published(name, make)
     else:
         net = make()
-        if weights is not None: _fill(net, weights, channels, config)
-    mean, std = (o if channels == len(o) else [sum(o) / len(o)] * channels for o in (config.mean, config.std))
+        if weights is not None: statistics = _fill(net, weights, channels, config) or statistics
+    mean, std = (o if channels == len(o) else [sum(o) / len(o)] * channels for o in statistics)
     return ImageTower(net, image_size=image_size, channels=channels, mean=mean, std=std)
 
 
@@ -183,10 +185,13 @@ def _published(name, make):
 
 
 def _fill(net, weights, channels, config):
-    "Load a file into a timm network: our own checkpoints, or timm's and those it can convert (position grid, input channels)."
-    state = under(read_weights(weights), 'image.net.', 'net.')
+    "Load a file into a timm network: ours (returning its mean and std) or timm's; resample positions and input channels."
+    state = under(read_weights(weights), 'image.')
+    statistics = (state['mean'].tolist(), state['std'].tolist()) if 'mean' in state and 'std' in state else None
+    state = under(state, 'net.')
     convert = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
     state = convert(state, net) if convert else state
     first = f'{config.first_conv}.weight'
     if first in state and state[first].shape[1] == 3 != channels: state[first] = adapt_input_conv(channels, state[first])
     load_weights(net, state, source=weights, extra=True)
+    return statistics

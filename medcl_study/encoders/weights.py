@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['read_weights', 'under', 'load_weights', 'leave_trainable', 'eval_frozen']
 
-# %% ../../nbs/19_weights.ipynb #c7ea6cbf
+# %% ../../nbs/19_weights.ipynb #99f17f6f
 import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core import DataError, read_tensors
+from ..core import DataError
 
-# %% ../../nbs/19_weights.ipynb #60ffcd5e
+# %% ../../nbs/19_weights.ipynb #18a3cfe8
 _FILES = ('model.safetensors', 'open_clip_model.safetensors', 'pytorch_model.bin', 'open_clip_pytorch_model.bin')
 
 
@@ -32,7 +34,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     "Read a state dict on the CPU without running any code of the file; raises `DataError`."
     path = _weights_file(Path(path))
-    if path.suffix == '.safetensors': return read_tensors(path)[0]
+    if path.suffix == '.safetensors':
+        try: return load_file(path)
+        except (SafetensorError, OSError) as e: raise DataError(f'not a readable safetensors file ({e})', file=path) from None
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
         raise DataError('not a torch file of plain tensors', file=path,

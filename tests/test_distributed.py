@@ -1,0 +1,70 @@
+"""Two processes on half batches against one on the full batch; torchrun is started once for all checks."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medcl_study.losses.contrast import contrastive
+from medcl_study.trainer import train
+from toy import CONFIG, Encoder, encoder_with_idle_parts, gradients, loaders, pairs
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    "Run `toy.two_process_run` under torchrun and return what each rank found."
+    folder = tmp_path_factory.mktemp('ranks')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0',
+               '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0', str(Path(__file__).with_name('toy.py')), str(folder)]
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder/f'rank{r}.pt', weights_only=True) for r in range(2)]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_ran(ranks): assert [o['world'] for o in ranks] == [2, 2]
+
+
+def test_losses_average_to_that_of_the_full_batch(ranks):
+    full = contrastive(Encoder()(pairs(32))).item()
+    assert sum(o['loss'].item() for o in ranks) / 2 == pytest.approx(full, rel=1e-6)
+
+
+@pytest.mark.parametrize('name', ['plain', 'accumulated'])
+def test_gradients_equal_one_process(ranks, name):
+    model = encoder_with_idle_parts()
+    full = gradients(model, model, pairs(32))
+    for found in (o[name] for o in ranks):
+        assert found.keys() == full.keys()
+        for k, expected in full.items():
+            if expected is None: assert found[k] is None, f'{k} is frozen or unused and must have no gradient'
+            else: assert (found[k] - expected).norm() <= 1e-5 * expected.norm(), k
+        parts = [torch.cat([g.flatten() for g in o.values() if g is not None]) for o in (found, full)]
+        assert (parts[0] - parts[1]).norm() <= 1e-5 * parts[1].norm()
+    assert full['log_scale'].abs() > 0 and full['words.weight'] is None and full['idle.weight'] is None
+
+
+def test_training_equals_one_process(ranks):
+    "Same weights up to rounding, from the weights of rank 0, although rank 1 was built from another seed."
+    model = Encoder(seed=0)
+    history = train(model, contrastive, loaders(), CONFIG)
+    for k, v in model.state_dict().items():
+        assert torch.equal(ranks[0]['trained'][k], ranks[1]['trained'][k])
+        torch.testing.assert_close(ranks[0]['trained'][k], v, rtol=1e-3, atol=1e-4)
+    assert ranks[0]['history'] == ranks[1]['history']
+    for found, expected in zip(ranks[0]['history'], history, strict=True):
+        for k, v in expected.items(): assert found[k] == (None if v is None else pytest.approx(v, rel=1e-3, abs=1e-4)), k
+
+
+def test_an_interrupted_run_resumes_exactly(ranks):
+    assert len({h for o in ranks for h in o['hashes']}) == 1
