@@ -54,7 +54,7 @@ def _require(method, holds, field, expected, got):
     "Raise `ValueError` naming the method and the field."
     if not holds: raise ValueError(f'method {method.name!r}: {field} must be {expected}, not {got!r}')
 
-# %% ../nbs/38_methods.ipynb #624a3a24
+# %% ../nbs/38_methods.ipynb #083027e6
 _STUDY = '2406.07450, released code'
 
 
@@ -65,8 +65,8 @@ def _unlock(tower, k, label):
 
 METHODS = {o.name: o for o in (
     Method('clip', 'CLIP', {'contrastive': 1.0}, source='2103.00020, figure 3'),
-    Method('flip', 'FLIP, half of the patches', {'contrastive': 1.0}, mask_ratio=0.5, source='2212.00794, section 3'),
-    Method('lock_image', 'Image tower locked (LiT)', {'contrastive': 1.0}, lock_image=0, source='2111.07991, section 3'),
+    Method('flip', 'FLIP, half of the patches', {'contrastive': 1.0}, mask_ratio=0.5, source='2212.00794, sec. 3'),
+    Method('lock_image', 'Image tower locked (LiT)', {'contrastive': 1.0}, lock_image=0, source='2111.07991, sec. 3'),
     Method('lock_text', 'Text tower locked', {'contrastive': 1.0}, lock_text=0, source=_STUDY),
     _unlock('image', 2, 'Image tower: last 2 groups train'),
     _unlock('image', 7, 'Image tower: last 7 groups train'),

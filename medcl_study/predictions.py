@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COLUMNS', 'SCHEMA', 'Task', 'prediction_rows', 'tasks_of', 
            'write_predictions', 'read_predictions', 'concat_predictions', 'metrics_of', 'measure', 'score', 'compare',
            'mean_over_runs']
 
-# %% ../nbs/52_predictions.ipynb #ae56d01c
+# %% ../nbs/52_predictions.ipynb #cb88cebe
 import dataclasses
 import json
 import warnings
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from . import stats
 from .core import DataError, atomic
-from .metrics import METRICS, enough_positives, one_hot
+from .metrics import METRICS, Undefined, enough_positives, one_hot
 
 # %% ../nbs/52_predictions.ipynb #fb36dec5
 KINDS = {'binary': 'auroc', 'multiclass': 'macro_auroc', 'multilabel': 'macro_auroc', 'retrieval': 'recall_at_10'}
@@ -89,7 +89,7 @@ def prediction_rows(
     frame.attrs['tasks'] = {task.name: task.as_dict()}
     return check_predictions(frame)
 
-# %% ../nbs/52_predictions.ipynb #f53014a5
+# %% ../nbs/52_predictions.ipynb #b516f5a1
 def tasks_of(frame: pd.DataFrame) -> dict[str, Task]:
     "Return the tasks of a prediction table by name; raises `DataError` if the table has lost one."
     known = frame.attrs.get('tasks', {})
@@ -105,8 +105,8 @@ def check_predictions(
 ) -> pd.DataFrame: # the same frame
     "Check a prediction table and return it; raises `DataError` naming the row, what was expected and the remedy."
     missing, extra = [o for o in COLUMNS if o not in frame], [o for o in frame if o not in COLUMNS]
-    if missing or extra: raise DataError(f'prediction table lacks {missing} and has unknown {extra}', file,
-                                         remedy=f'Its columns are {list(COLUMNS)}.')
+    if missing: raise DataError(f'prediction table lacks the columns {missing}', file)
+    if extra: raise DataError(f'prediction table has unknown columns {extra}', file, remedy='Leave them out.')
     if len(frame) == 0: raise DataError('prediction table without rows', file)
     tasks = tasks_of(frame)
     for column in ('protocol', 'id', 'group'):
@@ -125,13 +125,13 @@ def _row_error(frame, bad, what, file, remedy=None):
     return DataError(f'{what} (task {row["task"]!r}, protocol {row["protocol"]!r}, id {row["id"]!r})', file,
                      frame.index[i] + 1, remedy)
 
-# %% ../nbs/52_predictions.ipynb #44ee2558
+# %% ../nbs/52_predictions.ipynb #be1b4b94
 def _check_task(task, rows, file):
     "Check target and scores of the rows of one task."
     k = len(task.classes)
     width = {'binary': (1, 2), 'multiclass': (1, k), 'multilabel': (k, k), 'retrieval': (2, 1)}[task.kind]
     for column, size in zip(('target', 'scores'), width):
-        bad = rows[column].map(len).to_numpy() != size
+        bad = rows[column].map(lambda o: len(o) if np.ndim(o) else -1).to_numpy() != size
         if bad.any(): raise _row_error(rows, bad, f'{column} must hold {size} numbers', file)
     target, scores = stacked(rows['target']), stacked(rows['scores'])
     bad = ~np.isfinite(scores).all(1)
@@ -243,7 +243,7 @@ class _Block:
     def estimate(self, metric):
         return stats.estimate(self.statistic(metric), self.draws, share=METRICS[metric].share, **self.options(metric))
 
-# %% ../nbs/52_predictions.ipynb #98a69df0
+# %% ../nbs/52_predictions.ipynb #07fe61cd
 def measure(
     frame: pd.DataFrame, # rows of one run, task, protocol, prompt set and draw
     metric: str = '', # key of METRICS; '' = the task's primary one
@@ -272,16 +272,16 @@ def score(
         for metric in metrics_of(task, blocks[0].targets):
             key = f'{name}/{protocol}/{metric}{variant}'
             try: scores[key] = _entry(blocks, metric)
-            except ValueError as e: warnings.warn(f'{key} is left out: {e}')
+            except Undefined as e: warnings.warn(f'{key} is left out: {e}')
     return scores
 
 
 def _entry(blocks, metric):
     "What a record stores of one metric: its mean over draws, usually one, and what it rests on."
     task, targets, row = blocks[0].task, blocks[0].targets, METRICS[metric]
+    estimates = [o.estimate(metric) for o in blocks]
     entry = {'metric': metric, 'n': len(blocks[0].ids), 'groups': len(np.unique(blocks[0].groups)),
              'primary': metric == task.metric, 'chance': row.chance(targets, len(task.classes))}
-    estimates = [o.estimate(metric) for o in blocks]
     if len(blocks) == 1: entry |= {o: getattr(estimates[0], o) for o in ('value', 'low', 'high')}
     else:
         mean = _mean(blocks, [o.value for o in estimates], [o.replicates for o in estimates], metric)
@@ -311,7 +311,7 @@ def _same_samples(blocks):
             bad = np.flatnonzero((getattr(first, name) != getattr(other, name)).reshape(len(first.ids), -1).any(1))
             if len(bad): raise DataError(f'{name} of sample {first.ids[bad[0]]!r} differ between two tables')
 
-# %% ../nbs/52_predictions.ipynb #0a0ace6f
+# %% ../nbs/52_predictions.ipynb #8791b277
 def compare(
     first: pd.DataFrame, # rows of one run, task, protocol, prompt set and draw
     second: pd.DataFrame, # the same samples, from another model or protocol
@@ -343,7 +343,7 @@ def mean_over_runs(
     "Average a metric, or a paired difference, over training seeds, with sampling and training spread apart."
     blocks = [_Block(o, resamples, seed) for o in frames]
     others = [] if minus is None else [_Block(o, resamples, seed) for o in minus]
-    if minus is not None and len(others) != len(blocks): raise ValueError('minus must hold one table per table in frames')
+    if minus is not None and len(others) != len(blocks): raise ValueError('minus needs one table per table in frames')
     metric = metric or blocks[0].task.metric
     _same_samples(blocks + others)
     def sides(block): return np.r_[block.statistic(metric)(np.ones((1, len(block.ids)))),

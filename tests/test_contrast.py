@@ -30,7 +30,8 @@ def by_loops(image, text, scale):
 @given(n=st.integers(1, 7), d=st.integers(1, 5), scale=st.floats(0, 30), seed=st.integers(0, 1000))
 def test_equals_loops(n, d, scale, seed):
     image, text = unit(n, d, seed=seed), unit(n, d, seed=seed + 1)
-    assert info_nce(image, text, scale=scale).item() == pytest.approx(by_loops(image, text, scale), rel=1e-10, abs=1e-12)
+    expected = pytest.approx(by_loops(image, text, scale), rel=1e-10, abs=1e-12)
+    assert info_nce(image, text, scale=scale).item() == expected
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,16 +86,17 @@ def test_gradient_at_the_logits():
 @pytest.mark.parametrize('ranks', [1, 2, 4])
 def test_ranks_average_to_the_full_batch(ranks):
     image, text = unit(8, 4), unit(8, 4, seed=1)
-    n = 8 // ranks
-    parts = [(matching_loss(image[s:s + n], text, scale=5., start=s) + matching_loss(text[s:s + n], image, scale=5., start=s)) / 2
-             for s in range(0, 8, n)]
-    assert (sum(parts) / ranks).item() == pytest.approx(info_nce(image, text, scale=5.).item(), rel=1e-12)
+    n, total = 8 // ranks, 0.
+    for s in range(0, 8, n):
+        total += matching_loss(image[s:s + n], text, scale=5., start=s) / 2
+        total += matching_loss(text[s:s + n], image, scale=5., start=s) / 2
+    assert (total / ranks).item() == pytest.approx(info_nce(image, text, scale=5.).item(), rel=1e-12)
 
 
 def test_equals_open_clip():
     open_clip_loss = pytest.importorskip('open_clip.loss', reason='install the extra `clip` to compare with open_clip')
-    ours = [unit(12, 16, dtype=torch.float32).requires_grad_(), unit(12, 16, seed=1, dtype=torch.float32).requires_grad_(),
-            torch.tensor(14.3, requires_grad=True)]
+    ours = [unit(12, 16).float(), unit(12, 16, seed=1).float(), torch.tensor(14.3)]
+    for o in ours: o.requires_grad_()
     theirs = [o.detach().clone().requires_grad_() for o in ours]
     a, b = info_nce(ours[0], ours[1], scale=ours[2]), open_clip_loss.ClipLoss()(*theirs)
     a.backward(), b.backward()

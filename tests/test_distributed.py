@@ -16,8 +16,8 @@ from toy import CONFIG, Encoder, encoder_with_idle_parts, gradients, loaders, pa
 def ranks(tmp_path_factory):
     "Run `toy.two_process_run` under torchrun and return what each rank found."
     folder = tmp_path_factory.mktemp('ranks')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0',
-               '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0', str(Path(__file__).with_name('toy.py')), str(folder)]
+    script = Path(__file__).with_name('toy.py')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, folder]
     env = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -63,7 +63,9 @@ def test_training_equals_one_process(ranks):
         torch.testing.assert_close(ranks[0]['trained'][k], v, rtol=1e-3, atol=1e-4)
     assert ranks[0]['history'] == ranks[1]['history']
     for found, expected in zip(ranks[0]['history'], history, strict=True):
-        for k, v in expected.items(): assert found[k] == (None if v is None else pytest.approx(v, rel=1e-3, abs=1e-4)), k
+        expected = {k: v for k, v in expected.items() if v is not None} # one row in three has a validation loss
+        found = {k: v for k, v in found.items() if v is not None}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_an_interrupted_run_resumes_exactly(ranks):

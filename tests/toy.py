@@ -1,4 +1,5 @@
 """A dual encoder and a loader small enough for tests that start, kill and compare whole training runs."""
+import contextlib
 import json
 import math
 import os
@@ -153,11 +154,12 @@ def two_process_run(folder):
 
         hashes = []
         for stop in (None, 5):
-            model, where = Encoder(dropout=.2, mask_ratio=.5, seed=rank), Path(folder)/f'run-{stop}'
+            where = Path(folder)/f'stopped-{stop}'
             if stop:
-                try: train(model, contrastive, loaders(**kwargs), CONFIG, folder=where, callbacks=[StopAt(stop)])
-                except KeyboardInterrupt: model = Encoder(seed=7)
-            model = model if not stop else Encoder(dropout=.2, mask_ratio=.5, seed=7)
+                with contextlib.suppress(KeyboardInterrupt):
+                    train(Encoder(dropout=.2, mask_ratio=.5, seed=rank), contrastive, loaders(**kwargs), CONFIG,
+                          folder=where, callbacks=[StopAt(stop)])
+            model = Encoder(dropout=.2, mask_ratio=.5, seed=rank)
             train(model, contrastive, loaders(**kwargs), CONFIG, folder=where)
             hashes.append(weights_hash(model))
         found |= {'hashes': hashes, 'world': world}

@@ -6,8 +6,9 @@
 __all__ = ['OUTPUTS', 'SCORERS', 'pixel_reader', 'encoder_hash', 'FeatureStore', 'take', 'as_store', 'Scorer', 'unit',
            'find_scorer', 'scorer_features', 'labelled', 'sample_groups']
 
-# %% ../../nbs/60_features.ipynb #22f0dea1
+# %% ../../nbs/60_features.ipynb #ee0c040d
 import contextlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def pixel_reader(
         return pixels[..., None] if pixels.ndim == 3 else pixels
     return read
 
-# %% ../../nbs/60_features.ipynb #fdd22700
+# %% ../../nbs/60_features.ipynb #8755996e
 @contextlib.contextmanager
 def _frozen(encoder):
     "Run a module in evaluation mode without gradient, then give each of its parts the mode it had."
@@ -67,6 +68,12 @@ def _join(parts):
         longest = max(o.shape[1] for o in values)
         out[name] = torch.cat([torch.nn.functional.pad(o, (0, 0) * (o.ndim - 2) + (0, longest - o.shape[1])) for o in values])
     return out
+
+
+def _wishes(method, outputs):
+    "Name the token outputs that are wanted and that `method` makes only when asked to."
+    known = inspect.signature(method).parameters
+    return {o: True for o in ('patches', 'words', 'sentences') if o in known and {o, f'{o[:-1]}_mask'} & set(outputs)}
 
 
 OUTPUTS = ('global_', 'pooled')
@@ -105,7 +112,7 @@ def _surroundings(encoder):
     "List what computes the features besides the encoder."
     return [code_hash(), _device(encoder).type, *(version(o) for o in ('torch', 'timm', 'transformers'))]
 
-# %% ../../nbs/60_features.ipynb #187c1f4d
+# %% ../../nbs/60_features.ipynb #29a4ef23
 @dataclass(frozen=True)
 class FeatureStore:
     "Encode images and texts with a frozen encoder; results are kept in `folder`, if there is one, by content."
@@ -119,11 +126,11 @@ class FeatureStore:
         outputs=OUTPUTS, # fields of what encode_image returns
     ) -> dict[str, np.ndarray]: # output -> (n, …) float32
         "Return the features of every image; raises `DataError` for a missing output or missing pixels."
-        read, device = pixel_reader(source), _device(self.encoder)
+        read, device, method = pixel_reader(source), _device(self.encoder), self.encoder.encode_image
 
         def encode(rows):
             pixels = np.ascontiguousarray(read(rows).transpose(0, 3, 1, 2))
-            return self.encoder.encode_image(torch.from_numpy(pixels).to(device))
+            return method(torch.from_numpy(pixels).to(device), **_wishes(method, outputs))
         return self._features('image', lambda: _own_hash(source), len(source), encode, outputs)
 
     def texts(self,
@@ -133,8 +140,9 @@ class FeatureStore:
         "Return the features of every text, encoding each distinct text once."
         distinct = sorted(set(texts), key=lambda o: (len(o), o))
         number = {o: i for i, o in enumerate(distinct)}
-        found = self._features('text', lambda: content_hash(distinct), len(distinct),
-                               lambda rows: self.encoder.encode_text(distinct[rows.start:rows.stop]), outputs)
+        method = self.encoder.encode_text
+        def encode(rows): return method(distinct[rows.start:rows.stop], **_wishes(method, outputs))
+        found = self._features('text', lambda: content_hash(distinct), len(distinct), encode, outputs)
         return take(found, [number[o] for o in texts])
 
     def _features(self, kind, source_hash, count, encode, outputs):

@@ -1,0 +1,192 @@
+"Every metric against scikit-learn or an explicit loop; invariances; refusals."
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sklearn.metrics as oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medcl_study.metrics import (METRICS, accuracy, auprc, auroc, balanced_accuracy, chance_recall, class_auroc,
+                                 enough_positives, macro_auprc, macro_auroc, macro_f1, median_rank, one_hot, recall_at_k)
+
+
+def multiclass(seed, n=120, k=4, ties=False):
+    "Scores with some signal, and targets that hold every class at least five times."
+    rng = np.random.default_rng(seed)
+    y = np.r_[np.repeat(np.arange(k), 5), rng.choice(k, n - 5 * k, p=np.arange(1, k + 1) / (k * (k + 1) / 2))]
+    x = rng.normal(size=(n, k)) + np.eye(k)[y]
+    return (np.round(x) if ties else x), y, rng.integers(0, 4, n).astype(float)
+
+
+seeds = st.integers(0, 2**31)
+
+
+@given(seeds, st.booleans(), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_decisions_equal_scikit_learn(seed, ties, weighted):
+    x, y, w = multiclass(seed, ties=ties)
+    w = w if weighted else None
+    said = x.argmax(1)
+    present = np.unique(y if w is None else y[w > 0])
+    assert accuracy(x, y, weights=w) == pytest.approx(oracle.accuracy_score(y, said, sample_weight=w), abs=1e-12)
+    recalls = oracle.recall_score(y, said, sample_weight=w, average=None, labels=present, zero_division=0)
+    assert balanced_accuracy(x, y, weights=w) == pytest.approx(recalls.mean(), abs=1e-12)
+    f1 = oracle.f1_score(y, said, sample_weight=w, average=None, labels=np.arange(4), zero_division=np.nan)
+    assert macro_f1(x, y, weights=w) == pytest.approx(np.nanmean(f1), abs=1e-12)
+
+
+@given(seeds, st.booleans(), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_order_metrics_equal_scikit_learn(seed, ties, weighted):
+    x, y, w = multiclass(seed, ties=ties)
+    w = w + 1 if weighted else None
+    truth = np.eye(4)[y]
+    areas = [oracle.roc_auc_score(truth[:, c], x[:, c], sample_weight=w) for c in range(4)]
+    precisions = [oracle.average_precision_score(truth[:, c], x[:, c], sample_weight=w) for c in range(4)]
+    np.testing.assert_allclose(class_auroc(x, y, weights=w), areas, atol=1e-12)
+    assert macro_auroc(x, y, weights=w) == pytest.approx(np.mean(areas), abs=1e-12)
+    assert macro_auprc(x, y, weights=w) == pytest.approx(np.mean(precisions), abs=1e-12)
+    assert auroc(x[:, 1], truth[:, 1], weights=w) == pytest.approx(areas[1], abs=1e-12)
+    assert auprc(x[:, 1], truth[:, 1], weights=w) == pytest.approx(precisions[1], abs=1e-12)
+
+
+def test_auroc_equals_the_double_loop():
+    x, y, w = multiclass(1, ties=True)
+    positive, s, top, bottom = y == 2, x[:, 2], 0., 0.
+    for i in np.flatnonzero(positive):
+        for j in np.flatnonzero(~positive):
+            top += w[i] * w[j] * ((s[i] > s[j]) + .5 * (s[i] == s[j]))
+            bottom += w[i] * w[j]
+    assert auroc(s, positive.astype(int), weights=w) == pytest.approx(top / bottom, abs=1e-12)
+
+
+def test_multilabel_equals_scikit_learn():
+    rng = np.random.default_rng(0)
+    y = rng.random((200, 5)) < [.5, .3, .2, .1, .1]
+    x = rng.normal(size=y.shape) + y
+    assert macro_auroc(x, y) == pytest.approx(oracle.roc_auc_score(y, x, average='macro'), abs=1e-12)
+    assert macro_auprc(x, y) == pytest.approx(oracle.average_precision_score(y, x, average='macro'), abs=1e-12)
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
+def test_a_weight_is_a_count(seed):
+    x, y, w = multiclass(seed)
+    rows = np.repeat(np.arange(len(y)), w.astype(int))
+    ranks = np.random.default_rng(seed).integers(1, 30, len(y)).astype(float)
+    counts = np.tile([1, 30], (len(y), 1))
+    cases = [(METRICS[o].function, x, y) for o in ('accuracy', 'macro_auroc', 'macro_auprc')]
+    cases += [(METRICS[o].function, ranks, counts) for o in ('recall_at_5', 'median_rank')]
+    for metric, scores, targets in cases:
+        once = metric(scores, targets, weights=np.stack([w, np.ones_like(w), w]))
+        plain = metric(scores[rows], targets[rows], **({'least': 1} if metric in (macro_auroc, macro_auprc) else {}))
+        assert once[0] == pytest.approx(plain, abs=1e-12) and once[2] == once[0]
+        assert once[1] == pytest.approx(metric(scores, targets), abs=1e-12)
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_order_of_samples_and_monotone_maps_do_not_matter(seed):
+    x, y, _ = multiclass(seed)
+    p = np.random.default_rng(seed).permutation(len(y))
+    for metric in (accuracy, balanced_accuracy, macro_f1, macro_auroc, macro_auprc):
+        assert metric(x[p], y[p]) == pytest.approx(metric(x, y), abs=1e-12)
+    for f in (np.arctan, lambda o: o**3, lambda o: 1e4 * o - 3):
+        assert macro_auroc(f(x), y) == macro_auroc(x, y)
+        assert macro_auprc(f(x), y) == macro_auprc(x, y)
+        assert accuracy(f(x), y) == accuracy(x, y)
+
+
+def test_large_logits_keep_their_order():
+    "A sigmoid of 100 · cosine saturates and gave AUROC .5 in released code; raw scores do not."
+    rng = np.random.default_rng(0)
+    y = rng.random(300) < .5
+    x = (1000 + 100 * rng.normal(size=300) + 100 * y).astype(np.float32)
+    assert auroc(x, y.astype(int)) == pytest.approx(oracle.roc_auc_score(y, x), abs=1e-12) and auroc(x, y.astype(int)) > .7
+
+
+def test_rare_classes_are_left_out():
+    y = np.r_[np.zeros(50, int), np.ones(30, int), np.full(4, 2)]
+    x = np.random.default_rng(0).normal(size=(84, 3)) + np.eye(3)[y]
+    assert enough_positives(y, 3).tolist() == [True, True, False]
+    assert np.isnan(class_auroc(x, y)[2]) and np.isfinite(class_auroc(x, y)[:2]).all()
+    assert macro_auroc(x, y) == pytest.approx(np.mean([oracle.roc_auc_score(y == c, x[:, c]) for c in (0, 1)]))
+    assert macro_auroc(x, y, least=4) == pytest.approx(
+        np.mean([oracle.roc_auc_score(y == c, x[:, c]) for c in (0, 1, 2)]))
+    with pytest.raises(ValueError, match='no class has 5 positives'): macro_auroc(x[-4:], y[-4:])
+
+
+@pytest.mark.parametrize('k', [2, 3, 7])
+def test_constant_predictor_has_balanced_accuracy_one_over_k(k):
+    y = np.repeat(np.arange(k), 5 + 10 * np.arange(k))
+    for c in range(k):
+        constant = np.tile(np.eye(k)[c], (len(y), 1))
+        assert balanced_accuracy(constant, y) == pytest.approx(1 / k)
+        if k == 2: assert auroc(constant, y) == .5
+
+
+def test_a_resample_without_a_class_leaves_that_class_out():
+    x, y, _ = multiclass(3)
+    w = np.stack([np.ones(len(y)), (y != 3).astype(float), (y == 3).astype(float)])
+    values = macro_auroc(x, y, weights=w)
+    areas = [oracle.roc_auc_score(y[y != 3] == c, x[y != 3, c]) for c in range(3)]
+    assert values[1] == pytest.approx(np.mean(areas)) and np.isnan(values[2])
+    assert balanced_accuracy(x, y, weights=w)[2] == pytest.approx((x.argmax(1) == y)[y == 3].mean())
+
+
+def test_recall_and_median_rank_equal_loops():
+    rng = np.random.default_rng(0)
+    ranks, counts = rng.integers(1, 101, 77).astype(float), np.tile([1, 100], (77, 1))
+    for k in (1, 5, 10, 50):
+        assert recall_at_k(ranks, counts, k=k) == pytest.approx(sum(r <= k for r in ranks) / 77)
+    assert median_rank(ranks, counts) == np.median(ranks)
+    assert median_rank(ranks[:76], counts[:76]) == np.median(ranks[:76])
+    with pytest.raises(ValueError, match='count from 1'): median_rank(ranks - 1, counts)
+
+
+@given(st.integers(1, 60), st.data())
+@settings(max_examples=60, deadline=None)
+def test_chance_recall_equals_binomials(candidates, data):
+    positives, k = data.draw(st.integers(1, candidates)), data.draw(st.integers(1, candidates + 5))
+    exact = 1 - math.comb(candidates - positives, min(k, candidates)) / math.comb(candidates, min(k, candidates))
+    assert chance_recall([[positives, candidates]], k) == pytest.approx(exact, abs=1e-9)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('name', list(METRICS))
+def test_not_a_number_is_refused(name, bad):
+    kind = METRICS[name].kinds[0]
+    x = {'binary': np.ones((40, 2)), 'retrieval': np.ones((40, 1))}.get(kind, np.ones((40, 3)))
+    y = {'binary': np.arange(40) % 2, 'retrieval': np.tile([1, 9], (40, 1))}.get(kind, np.arange(40) % 3)
+    METRICS[name].function(x, y)
+    x[3, 0] = bad
+    with pytest.raises(ValueError, match='row 4'): METRICS[name].function(x, y)
+
+
+def test_shapes_and_targets_are_checked():
+    x, y, _ = multiclass(0)
+    with pytest.raises(ValueError, match='do not match'): accuracy(x, y[:-1])
+    with pytest.raises(ValueError, match='do not match'): accuracy(x, y, weights=np.ones(3))
+    with pytest.raises(ValueError, match='not 4 classes'): macro_auroc(x, y + 1)
+    with pytest.raises(ValueError, match='of one class'): auroc(x[:, 0], np.ones(len(x), int))
+    assert one_hot(np.array([[1, 0]]), 2).tolist() == [[True, False]]
+
+
+def test_chance_holds_for_a_random_order():
+    rng, reps = np.random.default_rng(1), 400
+    y = rng.choice(3, 300, p=[.6, .3, .1])
+    for name in ('macro_auroc', 'macro_auprc', 'balanced_accuracy'):
+        values = [METRICS[name].function(rng.normal(size=(300, 3)), y) for _ in range(reps)]
+        assert np.mean(values) == pytest.approx(METRICS[name].chance(y, 3), abs=.012)
+    counts = np.repeat([[1, 40], [4, 40]], 100, axis=0)
+    ranks = np.stack([[rng.permutation(40)[:p].min() + 1 for p, _ in counts] for _ in range(40)])
+    assert np.mean([median_rank(r, counts) for r in ranks]) == pytest.approx(METRICS['median_rank'].chance(counts, 0), abs=1.2)
+
+
+def test_metrics_and_stats_need_numpy_and_scipy_only():
+    heavy = "{'torch', 'pandas', 'sklearn', 'matplotlib', 'fastai'}"
+    code = f'import sys, medcl_study.metrics, medcl_study.stats; assert not {heavy} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,0 +1,242 @@
+"The prediction table: what comes back from disk, what is refused, and that every number follows from the file."
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics as oracle
+
+from medcl_study.core import DataError, OutputError
+from medcl_study.predictions import (COLUMNS, Task, check_predictions, compare, concat_predictions, mean_over_runs,
+                                     measure, metrics_of, prediction_rows, read_predictions, score, stacked, tasks_of,
+                                     write_predictions)
+
+BINARY = Task('opacity', 'binary', ('normal', 'pneumonia'), modality='chest', citation='Doe et al.')
+MULTI = Task('organs', 'multiclass', ('liver', 'lung', 'spleen'), prompt_set='ours', family='ct')
+LABELS = Task('findings', 'multilabel', ('nodule', 'effusion', 'edema'), licence='CC BY 4.0')
+PAIRS = Task('pairs', 'retrieval')
+
+
+def rows(task, run='r', protocol='zeroshot', n=120, seed=0, gain=1., **more):
+    "Simulated predictions of one task."
+    rng = np.random.default_rng([seed, len(task.name)])
+    noise = np.random.default_rng([seed, ord(run[-1]), len(protocol), more.get('draw', 0)])
+    ids, groups, k = [f'{task.name}-{i:04d}' for i in range(n)], np.arange(n) // 2, len(task.classes)
+    if task.kind == 'retrieval':
+        return prediction_rows(task, ids, np.tile([2, n], (n, 1)), noise.integers(1, n, n), run=run, protocol=protocol,
+                               groups=groups, **more)
+    y = rng.random((n, k)) < .3 if task.kind == 'multilabel' else rng.integers(0, k, n)
+    truth = y if y.ndim == 2 else np.eye(k)[y]
+    return prediction_rows(task, ids, y, noise.normal(size=(n, k)) + gain * truth, run=run, protocol=protocol,
+                           groups=groups, **more)
+
+
+def everything(run='r', **kwargs): return concat_predictions([rows(t, run, **kwargs) for t in (BINARY, MULTI, LABELS, PAIRS)])
+
+
+def test_file_round_trip_keeps_every_value_and_task(tmp_path):
+    frame = everything()
+    write_predictions(tmp_path/'a.parquet', frame)
+    again = read_predictions(tmp_path/'a.parquet')
+    assert list(again.columns) == list(COLUMNS)
+    for column in COLUMNS[:7]: assert (again[column] == frame[column]).all()
+    for column in ('target', 'scores'): assert all((a == b).all() for a, b in zip(again[column], frame[column]))
+    assert tasks_of(again) == {t.name: t for t in (BINARY, MULTI, LABELS, PAIRS)}
+    assert score(again) == score(frame)
+    write_predictions(tmp_path/'b.parquet', again)
+    assert (tmp_path/'a.parquet').read_bytes() == (tmp_path/'b.parquet').read_bytes()
+
+
+def test_scores_are_rounded_when_made_so_that_the_file_gives_the_same_numbers():
+    scores = np.stack([np.zeros(20), 1 + 1e-12 * np.arange(20)], 1)
+    close = prediction_rows(BINARY, np.arange(20), np.arange(20) % 2, scores, protocol='p')
+    assert measure(close).value == .5  # differences below float32 are ties before and after writing
+
+
+def test_numbers_follow_from_the_file_without_torch_or_this_package(tmp_path):
+    write_predictions(tmp_path/'a.parquet', everything())
+    numbers = score(read_predictions(tmp_path/'a.parquet'))
+    code = """
+import sys, json, numpy as np, pandas as pd, pyarrow.parquet as pq
+from sklearn.metrics import roc_auc_score, balanced_accuracy_score
+path = sys.argv[1]
+frame, tasks = pd.read_parquet(path), json.loads(pq.read_schema(path).metadata[b'tasks'])
+def part(name):
+    rows = frame[frame.task == name]
+    return np.stack(rows.scores).astype(float), np.stack(rows.target)
+x, y = part('findings'); a = roc_auc_score(y, x)
+x, y = part('opacity'); b = roc_auc_score(y[:, 0], x[:, 1] - x[:, 0])
+x, y = part('organs'); c = balanced_accuracy_score(y[:, 0], x.argmax(1))
+x, y = part('pairs'); d, e = (x[:, 0] <= 10).mean(), np.median(x[:, 0])
+assert 'torch' not in sys.modules and 'medcl_study' not in sys.modules and tasks['findings']['classes'][2] == 'edema'
+print(json.dumps([a, b, c, d, e]))
+"""
+    out = subprocess.run([sys.executable, '-c', code, str(tmp_path/'a.parquet')], capture_output=True, text=True, check=True)
+    keys = ('findings/zeroshot/macro_auroc', 'opacity/zeroshot/auroc', 'organs/zeroshot/balanced_accuracy',
+            'pairs/zeroshot/recall_at_10', 'pairs/zeroshot/median_rank')
+    np.testing.assert_allclose([numbers[k]['value'] for k in keys], json.loads(out.stdout), atol=1e-12)
+
+
+def test_module_does_not_import_torch():
+    code = "import sys, medcl_study.predictions; assert not {'torch', 'sklearn', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_study_and_task_stay_below_two_mebibytes(tmp_path):
+    wide = Task('chest14', 'multilabel', tuple('abcdefghijklmn'))
+    frame = concat_predictions([rows(wide, f'run{i}', n=2000) for i in range(12)])
+    write_predictions(tmp_path/'a.parquet', frame)
+    assert len(frame) == 24_000 and (tmp_path/'a.parquet').stat().st_size < 2 * 2**20
+
+
+def test_score_entries_are_what_a_record_holds():
+    numbers = score(everything())
+    assert {k.split('/')[0] for k in numbers} == {'opacity', 'organs', 'findings', 'pairs'}
+    for key, entry in numbers.items():
+        task, protocol, metric = key.split('/')
+        assert entry['metric'] == metric and entry['n'] == 120 and entry['groups'] == 60
+        assert entry['low'] <= entry['value'] <= entry['high']
+        assert entry['primary'] == (metric == {'opacity': 'auroc', 'pairs': 'recall_at_10'}.get(task, 'macro_auroc'))
+    json.dumps(numbers, allow_nan=False)
+    assert 'pairs/zeroshot/recall_at_50' in numbers and 'pairs/zeroshot/recall_at_200' not in numbers
+    assert metrics_of(PAIRS, [[1, 10]]) == ['recall_at_1', 'recall_at_5', 'median_rank']
+
+
+def test_score_equals_scikit_learn_and_ignores_order_and_company():
+    frame = everything()
+    numbers = score(frame)
+    y, x = stacked(rows(LABELS)['target']), stacked(rows(LABELS)['scores'])
+    assert numbers['findings/zeroshot/macro_auroc']['value'] == pytest.approx(oracle.roc_auc_score(y, x), abs=1e-12)
+    assert score(frame.sample(frac=1, random_state=0)) == numbers
+    assert score(rows(LABELS)) == {k: v for k, v in numbers.items() if k.startswith('findings')}
+    assert score(frame, seed=1) != numbers
+
+
+def test_rare_classes_and_undefined_metrics_are_named():
+    y = np.zeros((60, 3), int); y[:20, 0] = y[:4, 1] = y[:30, 2] = 1
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    frame = prediction_rows(LABELS, [f'{i}' for i in range(60)], y, x, protocol='probe', run='r')
+    assert score(frame)['findings/probe/macro_auroc']['left_out'] == ['effusion']
+    assert 'only 15 independent groups' in score(frame.assign(group=(np.arange(60) // 4).astype(str)))[
+        'findings/probe/macro_auroc']['cautions']
+    one_class = prediction_rows(BINARY, list('abcdef'), np.zeros(6, int), x[:6, :2], protocol='probe', run='r')
+    with pytest.warns(UserWarning) as seen: numbers = score(one_class)
+    assert 'opacity/probe/auroc is left out: all targets are of one class' in [str(o.message) for o in seen]
+    assert list(numbers) == ['opacity/probe/accuracy']
+
+
+def test_prompt_sets_and_draws_are_variants():
+    frames = [rows(MULTI, prompt_set='ours'), rows(MULTI, prompt_set='released', gain=.5)]
+    frames += [rows(MULTI, protocol='fewshot', draw=d) for d in range(4)]
+    numbers = score(concat_predictions(frames))
+    assert 'organs/zeroshot/macro_auroc' in numbers and 'organs/zeroshot/macro_auroc/released' in numbers
+    few = numbers['organs/fewshot/macro_auroc']
+    single = [measure(f).value for f in frames[2:]]
+    assert few['draws'] == 4 and few['value'] == pytest.approx(np.mean(single))
+    assert few['low'] < min(few['value'], few['high'])
+
+
+def test_compare_is_paired_antisymmetric_and_checks_the_samples():
+    a, b = rows(LABELS, 'a'), rows(LABELS, 'b', gain=1.5)
+    d, back = compare(a, b), compare(b, a)
+    assert d['value'] == pytest.approx(measure(a).value - measure(b).value)
+    assert (d['value'], d['low'], d['high']) == pytest.approx((-back['value'], -back['high'], -back['low']), abs=1e-9)
+    assert d['first'] == measure(a).value and d['n'] == 120 and d['groups'] == 60
+    shuffled = compare(a.sample(frac=1, random_state=1), b.sample(frac=1, random_state=2))
+    assert shuffled == d
+    assert compare(a, b, 'macro_auprc')['metric'] == 'macro_auprc'
+    with pytest.raises(DataError, match="1 samples are in only one of two tables, e.g. 'findings-0119'"): compare(a, b[:-1])
+    other = b.copy(); other.at[5, 'target'] = 1 - other.at[5, 'target']
+    with pytest.raises(DataError, match="targets of sample 'findings-0005' differ"): compare(a, other)
+    with pytest.raises(DataError, match="groups of sample 'findings-0000' differ"): compare(a, b.assign(group='x'))
+    with pytest.raises(DataError, match="found several .'protocol'"): compare(concat_predictions([a, rows(LABELS, 'a', 'probe')]), b)
+
+
+def test_mean_over_runs_and_its_paired_difference():
+    a, b = ([rows(LABELS, f'{m}{s}', gain=g) for s in range(3)] for m, g in (('a', 1.), ('b', 1.6)))
+    mean = mean_over_runs(a)
+    assert mean.seeds == 3 and mean.value == pytest.approx(np.mean([measure(o).value for o in a]))
+    gap = mean_over_runs(b, minus=a)
+    assert gap.value == pytest.approx(mean_over_runs(b).value - mean.value) and gap.low > 0
+    zero = mean_over_runs(a, minus=a)
+    assert zero.value == zero.low == zero.high == 0
+    with pytest.raises(ValueError, match='one table per table'): mean_over_runs(a, minus=b[:2])
+
+
+def setting(column, row, value):
+    def change(frame):
+        values = list(frame[column])
+        values[row] = value
+        new = frame.assign(**{column: pd.Series(values, dtype=object)})
+        new.attrs = frame.attrs
+        return new
+    return change
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda f: f.drop(columns='group'), r"lacks the columns \['group'\]"),
+    (lambda f: f.assign(prob=1), r"has unknown columns \['prob'\]"),
+    (lambda f: f[:0], 'without rows'),
+    (lambda f: f.assign(id='same'), 'row 2: a second row for the same sample'),
+    (setting('id', 3, ''), 'row 4: empty id'),
+    (setting('group', 3, ''), 'row 4: empty group'),
+    (setting('scores', 7, np.array([1, np.nan, 0], np.float32)), "row 8: a score is NaN or infinite .*'organs-0007'"),
+    (setting('scores', 7, np.array([1, 0], np.float32)), 'row 8: scores must hold 3 numbers'),
+    (setting('target', 7, np.array([3], np.int32)), 'row 8: expected a target between 0 and 2'),
+    (setting('target', 7, np.array([-1], np.int32)), 'row 8: expected a target between 0 and 2'),
+    (setting('target', 7, np.array([0, 1], np.int32)), 'row 8: target must hold 1 numbers'),
+    (setting('target', 7, 1), 'row 8: target must hold 1 numbers'),
+    (lambda f: f.assign(task='unheard'), r"does not say what the tasks \['unheard'\] are"),
+])
+def test_bad_tables_are_refused_by_row(change, message, tmp_path):
+    bad = change(rows(MULTI, n=20))
+    for f in (check_predictions, lambda o: write_predictions(tmp_path/'x.parquet', o)):
+        with pytest.raises(DataError, match=message): f(bad)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('target, rank', [([0, 5], 1), ([1, 5], 6), ([1, 5], 0), ([6, 5], 1)])
+def test_impossible_ranks_are_refused(target, rank):
+    with pytest.raises(DataError, match='row 1: expected rank'): prediction_rows(PAIRS, ['q'], [target], [rank], protocol='t')
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(DataError, match='2 ids but 3 scores'): prediction_rows(BINARY, ['a', 'b'], [0, 1], np.ones((3, 2)), protocol='p')
+    with pytest.raises(DataError, match='2 ids but 1 groups'):
+        prediction_rows(BINARY, ['a', 'b'], [0, 1], np.ones((2, 2)), protocol='p', groups=['g'])
+    with pytest.raises(DataError, match='not whole numbers'):
+        prediction_rows(LABELS, ['a'], [[0, np.nan, 1]], np.ones((1, 3)), protocol='p')
+    for wrong in (dict(name='a/b', kind='binary', classes=('x', 'y')), dict(name='a', kind='ordinal'), dict(name='a', kind='multiclass', classes=('x', 'y')),
+                  dict(name='a', kind='binary', classes=('x', 'x')), dict(name='a', kind='retrieval', classes=('x',))):
+        with pytest.raises(ValueError): Task(**wrong)
+
+
+def test_two_definitions_of_a_task_do_not_mix():
+    other = Task('organs', 'multiclass', ('lung', 'liver', 'spleen'))
+    with pytest.raises(DataError, match="define the task 'organs' differently"): concat_predictions([rows(MULTI), rows(other, 'r2')])
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match='gone.parquet: no such file'): read_predictions(tmp_path/'gone.parquet')
+    (tmp_path/'cut.parquet').write_bytes(b'PAR1 and no more')
+    with pytest.raises(DataError, match='cut.parquet: not a readable Parquet file'): read_predictions(tmp_path/'cut.parquet')
+    pd.DataFrame({'a': [1]}).to_parquet(tmp_path/'other.parquet')
+    with pytest.raises(DataError, match='other.parquet: prediction table lacks'): read_predictions(tmp_path/'other.parquet')
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_predictions(tmp_path/'a.parquet', rows(MULTI))
+    before = (tmp_path/'a.parquet').read_bytes()
+    with pytest.raises(DataError): write_predictions(tmp_path/'a.parquet', rows(MULTI).assign(id='same'))
+    assert (tmp_path/'a.parquet').read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    (tmp_path/'file').write_text('')
+    with pytest.raises(OutputError, match='file'): write_predictions(tmp_path/'file'/'a.parquet', rows(MULTI))
+
+
+def test_no_warning_in_normal_use():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        score(everything())

@@ -1,0 +1,236 @@
+"Resampling against explicit loops and scipy; intervals against closed forms; coverage by simulation (slow)."
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+from statsmodels.stats.proportion import proportion_confint
+
+from medcl_study.metrics import auroc, balanced_accuracy, macro_auroc
+from medcl_study.stats import (Resamples, acceleration, bca_interval, estimate, mean_over_seeds, paired_difference,
+                               percentile_interval, replicate, resample, t_interval, wilson_interval)
+
+
+def mean_of(x): return lambda w: w @ x / w.sum(-1)
+
+
+def test_replicates_equal_a_loop_over_copied_rows():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 15, 60)
+    y, x = rng.integers(0, 2, 60), rng.normal(size=60)
+    draws = resample(groups, y, resamples=30, seed=4)
+    fast = replicate(lambda w: auroc(x, y, weights=w), draws)
+    names = np.unique(groups)
+    for b in range(30):
+        rows = np.concatenate([np.flatnonzero(groups == g) for g, c in zip(names, draws.counts[b]) for _ in range(c)])
+        assert fast[b] == pytest.approx(auroc(x[rows], y[rows]), abs=1e-12)
+
+
+def test_strata_keep_their_number_of_groups_and_rare_classes_claim_a_group():
+    groups = np.repeat(np.arange(30), 2)
+    labels = np.where(np.arange(60) % 2, 'common', 'common')
+    labels[[0, 4, 8]] = 'rare'  # one image each of patients 0, 2 and 4, whose other image is common
+    draws = resample(groups, labels, resamples=200)
+    assert sorted(np.bincount(draws.stratum_of)) == [3, 27]
+    assert (draws.counts[:, [0, 2, 4]].sum(1) == 3).all() and (draws.counts.sum(1) == 30).all()
+
+
+def test_resamples_are_seeded_uniform_and_independent_of_row_order():
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(40), 3))
+    a, b, c = (resample(groups, seed=s) for s in (0, 0, 1))
+    assert (a.counts == b.counts).all() and (a.counts != c.counts).any()
+    assert a.counts.mean(0) == pytest.approx(np.ones(40), abs=.12)
+    assert a.counts.var(0).mean() == pytest.approx(1 - 1 / 40, abs=.05)
+    order = np.argsort(groups, kind='stable')
+    assert (resample(groups[order]).weights() == a.weights()[:, order]).all()
+    assert (resample(groups.astype(str)).counts.sum(1) == 40).all()
+
+
+def test_bca_equals_scipy():
+    x = np.random.default_rng(0).gamma(1., size=70)
+    theirs = scipy_stats.bootstrap((x,), np.mean, method='BCa', n_resamples=3000, rng=np.random.default_rng(1))
+    a = acceleration(mean_of(x), resample(np.arange(70)))
+    ours = bca_interval(x.mean(), theirs.bootstrap_distribution, a)
+    np.testing.assert_allclose(ours, theirs.confidence_interval, rtol=1e-9)
+
+
+def test_bca_of_two_strata_equals_scipy():
+    "The AUROC of an unclustered set is a two-sample statistic: scipy's two-sample acceleration is the oracle."
+    rng = np.random.default_rng(2)
+    neg, pos = rng.normal(size=60), rng.normal(size=40) + 1
+    def area(p, n, axis=-1):
+        return (np.expand_dims(p, -1) > np.expand_dims(n, -2)).mean((-1, -2))
+    theirs = scipy_stats.bootstrap((pos, neg), area, method='BCa', n_resamples=2000, vectorized=True,
+                                   rng=np.random.default_rng(1))
+    x, y = np.r_[neg, pos], np.r_[np.zeros(60, int), np.ones(40, int)]
+    draws = resample(np.arange(100), y)
+    value = float(auroc(x, y))
+    a = acceleration(lambda w: auroc(x, y, weights=w), draws)
+    ours = bca_interval(value, theirs.bootstrap_distribution, a)
+    np.testing.assert_allclose(ours, theirs.confidence_interval, atol=2e-3)
+    own = estimate(lambda w: auroc(x, y, weights=w), draws, trials=40)
+    assert own.method == 'bca'
+    np.testing.assert_allclose((own.low, own.high), theirs.confidence_interval, atol=.02)
+
+
+def test_block_jackknife_estimates_the_same_acceleration():
+    x = np.random.default_rng(0).exponential(size=2000)
+    draws = resample(np.arange(2000), resamples=2)
+    full, blocks = (acceleration(mean_of(x), draws, blocks=o) for o in (2000, 400))
+    assert full == pytest.approx(scipy_stats.skew(x) / 6 / np.sqrt(2000), rel=1e-3)
+    assert blocks == pytest.approx(full, abs=.005)
+
+
+@pytest.mark.parametrize('hits, n', [(0, 10), (1, 30), (15, 30), (99, 100), (100, 100)])
+def test_wilson_equals_statsmodels(hits, n):
+    np.testing.assert_allclose(wilson_interval(hits / n, n), proportion_confint(hits, n, method='wilson'), atol=1e-12)
+
+
+def test_t_interval_of_a_mean_is_the_textbook_one():
+    x = np.random.default_rng(0).normal(size=12)
+    exact = scipy_stats.t.interval(.95, 11, x.mean(), x.std(ddof=1) / np.sqrt(12))
+    replicates = np.random.default_rng(1).normal(x.mean(), x.std() / np.sqrt(12), 200_000)
+    np.testing.assert_allclose(t_interval(x.mean(), replicates, 12), exact, rtol=.02, atol=.01)
+    low, high = t_interval(.99, .99 + .02 * np.random.default_rng(0).normal(size=999), 8, odds=True)
+    assert 0 < low < .99 < high < 1
+
+
+def test_extremes_do_not_collapse():
+    ones = np.ones(40)
+    assert percentile_interval(replicate(mean_of(ones), resample(np.arange(40)))) == (1, 1)
+    e = estimate(mean_of(ones), resample(np.arange(40) // 2), share=True)
+    assert e.method == 'wilson' and (e.low, e.high) == pytest.approx(wilson_interval(1, 20))
+    x, y = np.arange(40.), (np.arange(40) > 30).astype(int)
+    e = estimate(lambda w: auroc(x, y, weights=w), resample(np.arange(40), y), trials=9)
+    assert e.value == 1 and e.method == 'wilson' and e.low == pytest.approx(wilson_interval(1, 9)[0])
+
+
+def test_effective_size_of_a_clustered_share():
+    "Ten identical images per patient carry no more than one: Wilson on 300 rows uses about 30 trials."
+    hits = np.repeat((np.arange(30) < 2).astype(float), 10)
+    e = estimate(mean_of(hits), resample(np.repeat(np.arange(30), 10)), share=True)
+    assert e.method == 'wilson'
+    np.testing.assert_allclose((e.low, e.high), wilson_interval(2 / 30, 30), atol=.02)
+
+
+def test_cautions_name_what_is_small():
+    x, y = np.random.default_rng(0).normal(size=30), (np.arange(30) < 6).astype(int)
+    e = estimate(lambda w: auroc(x, y, weights=w), resample(np.arange(30) // 2, y), trials=3)
+    assert e.cautions == ('only 15 independent groups', 'the scarcest class has only 3 groups') and e.method == 't'
+    few = np.zeros((30, 2), bool); few[:5, 0] = few[::2, 1] = True
+    s = np.random.default_rng(1).normal(size=(30, 2))
+    e = estimate(lambda w: macro_auroc(s, few, weights=w), resample(np.r_[np.zeros(5, int), np.arange(1, 26)]))
+    assert not any('lack a class' in o for o in e.cautions)  # a class that is missing leaves the average, which stays
+    e = estimate(lambda w: auroc(x, few[:, 0].astype(int), weights=w), resample(np.r_[np.zeros(5, int), np.arange(1, 26)]))
+    assert any('36% of the resamples' in o or '37%' in o or '35%' in o for o in e.cautions)
+    with pytest.raises(ValueError, match='not defined on the data'):
+        estimate(lambda w: np.full(len(w), np.nan), resample(np.arange(9)))
+
+
+def test_difference_is_paired_antisymmetric_and_narrower():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 150)
+    a = rng.normal(size=150) + y
+    b = a + .3 * rng.normal(size=150)
+    fa, fb = (lambda w, s=s: auroc(s, y, weights=w) for s in (a, b))
+    draws = resample(np.arange(150), y)
+    d, back = paired_difference(fa, fb, draws), paired_difference(fb, fa, draws)
+    assert (d.value, d.low, d.high) == pytest.approx((-back.value, -back.high, -back.low), abs=1e-9)
+    unpaired = np.hypot(*(replicate(f, draws).std() for f in (fa, fb)))
+    assert d.replicates.std() < .7 * unpaired
+    assert paired_difference(fa, fa, draws).cautions == ('no resample tells the two apart',)
+
+
+def test_mean_over_seeds_has_two_parts():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=1000) * .02
+    alike = mean_over_seeds([.7, .7, .7], .7 + np.tile(shared, (3, 1)), groups=100)
+    assert alike.seed_sd == pytest.approx(0, abs=1e-9) and alike.sampling_sd == pytest.approx(shared.std())
+    assert alike.high - alike.low == pytest.approx(2 * scipy_stats.t.ppf(.975, 99) * shared.std())
+    values = np.array([.6, .7, .8])
+    apart = mean_over_seeds(values, values[:, None] + shared, groups=100)
+    assert apart.seed_sd == pytest.approx(.1) and apart.sampling_sd == pytest.approx(shared.std())
+    assert apart.high - apart.low > 4 * (alike.high - alike.low)
+    capped = mean_over_seeds([.9, .99], np.array([[.9], [.99]]) + shared, groups=100, bounds=(0, 1))
+    assert capped.high == 1
+    one = mean_over_seeds([.7], (.7 + shared)[None], groups=100)
+    assert one.seeds == 1 and np.isnan(one.seed_sd)
+
+
+# Coverage: the share of repetitions whose 95 % interval holds the truth. 300 repetitions: standard error .0126.
+
+def clustered(rng, patients, per, prevalence, gap, shared):
+    groups = np.repeat(np.arange(patients), per)
+    y = (np.arange(patients) < prevalence * patients).astype(int)[groups]
+    return rng.normal(size=len(groups)) + shared * rng.normal(size=patients)[groups] + gap * y, y, groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('patients, per, prevalence, gap, shared, least', [
+    (200, 1, .3, 1., 0., .92), (80, 3, .4, 1., 1., .91), (60, 1, .3, 1., 0., .91), (40, 1, .25, 2., 0., .91),
+    (200, 1, .1, 2.5, 0., .87), (150, 4, .5, 2., 2., .91)])
+def test_auroc_interval_covers(patients, per, prevalence, gap, shared, least):
+    truth, hits = scipy_stats.norm.cdf(gap / np.sqrt(2 * (1 + shared**2))), 0
+    for s in range(300):
+        x, y, g = clustered(np.random.default_rng([s, 1]), patients, per, prevalence, gap, shared)
+        trials = int(min(prevalence, 1 - prevalence) * patients)
+        e = estimate(lambda w: auroc(x, y, weights=w), resample(g, y, resamples=800), trials=trials)
+        hits += e.low <= truth <= e.high
+    assert least <= hits / 300 <= .99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('patients, per, p, correlation', [
+    (100, 1, .98, 0), (200, 1, .5, 0), (60, 4, .9, .3), (60, 4, .98, .3), (100, 3, .03, .2), (300, 1, .01, 0)])
+def test_share_interval_covers(patients, per, p, correlation):
+    hits = 0
+    for s in range(300):
+        rng, c = np.random.default_rng([s, 2]), 1 / correlation - 1 if correlation else None
+        chance = rng.beta(p * c, (1 - p) * c, patients) if correlation else np.full(patients, p)
+        groups = np.repeat(np.arange(patients), per)
+        right = (rng.random(len(groups)) < chance[groups]).astype(float)
+        e = estimate(mean_of(right), resample(groups, resamples=800), share=True)
+        hits += e.low <= p <= e.high
+    assert .92 <= hits / 300 <= .995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes, gap', [((50, 50, 50), 1.), ((40, 40, 6), 2.5), ((30, 30, 30, 8), 1.)])
+def test_balanced_accuracy_interval_covers(sizes, gap):
+    k, y, big = len(sizes), np.repeat(np.arange(len(sizes)), sizes), np.repeat(np.arange(len(sizes)), 40_000)
+    truth = float(balanced_accuracy(np.random.default_rng(0).normal(size=(len(big), k)) + gap * np.eye(k)[big], big))
+    hits = 0
+    for s in range(300):
+        x = np.random.default_rng([s, 3]).normal(size=(len(y), k)) + gap * np.eye(k)[y]
+        e = estimate(lambda w: balanced_accuracy(x, y, weights=w), resample(np.arange(len(y)), y, resamples=800),
+                     trials=min(sizes))
+        hits += e.low <= truth <= e.high
+    assert .91 <= hits / 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('patients', [25, 150])
+def test_difference_interval_covers(patients):
+    hits = 0
+    for s in range(300):
+        rng = np.random.default_rng([s, 4])
+        x, y, g = clustered(rng, patients, 2, .4, 1., .5)
+        better = x + .4 * y + .5 * rng.normal(size=len(y))
+        truth = (scipy_stats.norm.cdf(1.4 / np.sqrt(2 * 1.5)) - scipy_stats.norm.cdf(1 / np.sqrt(2 * 1.25)))
+        e = paired_difference(lambda w: auroc(better, y, weights=w), lambda w: auroc(x, y, weights=w),
+                              resample(g, y, resamples=800), trials=int(.4 * patients))
+        hits += e.low <= truth <= e.high
+    assert .91 <= hits / 300 <= .99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seeds', [2, 3, 5])
+@pytest.mark.parametrize('seed_sd', [0, .02, .1])
+def test_mean_over_seeds_covers(seeds, seed_sd):
+    "Values = truth + training + sample difficulty shared by all seeds + noise of each seed on each sample."
+    hits = 0
+    for s in range(300):
+        rng = np.random.default_rng([s, 5])
+        x = .7 + seed_sd * rng.normal(size=(seeds, 1)) + .4 * rng.normal(size=200) + .3 * rng.normal(size=(seeds, 200))
+        draws = resample(np.arange(200), resamples=400)
+        m = mean_over_seeds(x.mean(1), [replicate(mean_of(o), draws) for o in x], groups=200)
+        hits += m.low <= .7 <= m.high
+    assert (.85 if seeds == 2 else .9) <= hits / 300 <= .99  # two seeds hardly know their spread
