@@ -234,7 +234,7 @@ def stuck_at_chance(
     "Tell whether all `losses` lie at ln n, where InfoNCE is when nothing is told apart."
     return all(abs(o - math.log(n)) < tolerance * math.log(n) for o in losses)
 
-# %% ../nbs/40_trainer.ipynb #f449c6bf
+# %% ../nbs/40_trainer.ipynb #c2e4ff90
 def _mean_over_ranks(x: Tensor) -> float:
     x = x.detach().clone()
     if world_size() > 1: dist.all_reduce(x)
@@ -270,13 +270,15 @@ class Monitor(Callback):
 
     def after_epoch(self): self._write()
 
-    def _add_row(self):
+    def finite_loss(self):
         loss = _mean_over_ranks(self.loss)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f'the loss is {loss} at step {self.train_iter} of epoch {self.epoch}; '
-                                     'lower the learning rate, or use bf16 or fp32 instead of fp16')
-        self.history.append({'step': self.train_iter, 'epoch': self.epoch, 'lr': self.opt.hypers[0]['lr'], 'loss': loss,
-                             'valid_loss': None, **diagnostics(self.pred)})
+        if math.isfinite(loss): return loss
+        raise FloatingPointError(f'the loss is {loss} at step {self.train_iter} of epoch {self.epoch}; '
+                                 'lower the learning rate, or use bf16 or fp32 instead of fp16')
+
+    def _add_row(self):
+        self.history.append({'step': self.train_iter, 'epoch': self.epoch, 'lr': self.opt.hypers[0]['lr'],
+                             'loss': self.finite_loss(), 'valid_loss': None, **diagnostics(self.pred)})
         if time.monotonic() - self.written > 1: self._write()
         self._guard()
 
@@ -292,13 +294,12 @@ class Monitor(Callback):
         with atomic(self.file) as tmp: tmp.write_text(''.join(json.dumps(o) + '\n' for o in self.history))
         self.written = time.monotonic()
 
-# %% ../nbs/40_trainer.ipynb #bb271857
+# %% ../nbs/40_trainer.ipynb #5ad12dc6
 def _setup(model, config, per_epoch):
     "Describe what must not change between the parts of one run."
     shapes = [(k, list(p.shape), p.requires_grad) for k, p in model.named_parameters()]
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != 'save_every'}
-    return settings | {'steps per epoch': per_epoch, 'processes': world_size(), 'parameters': content_hash(shapes),
-                       'threads': torch.get_num_threads()}
+    return settings | {'steps per epoch': per_epoch, 'processes': world_size(), 'parameters': content_hash(shapes)}
 
 
 def read_checkpoint(
@@ -336,6 +337,7 @@ class Checkpoint(Callback):
         if self.state:
             for name, part in self.stateful.items(): part.load_state_dict(self.state[name])
             self.learn.train_iter, self.monitor.history[:] = self.state['step'], self.state['history']
+            torch.set_num_threads(self.state['threads']) # two threads add up in another order than one
             self.state = None
         step = torch.tensor(float(self.train_iter), device=next(self.weights.parameters()).device)
         if _mean_over_ranks(step) != self.train_iter:
@@ -350,7 +352,9 @@ class Checkpoint(Callback):
 
     def after_batch(self):
         step = self.train_iter
-        if self.training and self.every and step % self.every == 0 and step % self.per_epoch: self._save()
+        if self.training and self.every and step % self.every == 0 and step % self.per_epoch:
+            self.monitor.finite_loss()
+            self._save()
 
     def after_epoch(self):
         if self.epoch >= self.first: self._save()
@@ -358,7 +362,8 @@ class Checkpoint(Callback):
     def _save(self):
         if self.file is None or rank() > 0: return
         state = {name: part.state_dict() for name, part in self.stateful.items()}
-        state |= {'setup': self.setup, 'step': self.train_iter, 'history': self.monitor.history}
+        state |= {'setup': self.setup, 'step': self.train_iter, 'history': self.monitor.history,
+                  'threads': torch.get_num_threads()}
         with atomic(self.file) as tmp: torch.save(state, tmp)
 
 # %% ../nbs/40_trainer.ipynb #52f21794
@@ -376,7 +381,7 @@ class _Clamp(Callback):
     def after_step(self):
         if self.bound: self.bound()
 
-# %% ../nbs/40_trainer.ipynb #36497150
+# %% ../nbs/40_trainer.ipynb #1c722d55
 def _prepare(model, config):
     "Wrap a model for the precision and the micro-batches that a config asks for."
     if PRECISIONS[config.precision]: model = Autocast(model, PRECISIONS[config.precision])
@@ -384,7 +389,7 @@ def _prepare(model, config):
 
 
 def train(
-    model: nn.Module, # batch (dict of tensors) → Embeddings; moved to the device of the loaders
+    model: nn.Module, # batch (dict of tensors) → Embeddings; moved to the device of the loaders, if they have one
     loss, # Embeddings → scalar whose mean over processes is the loss of the global batch
     loaders, # fastai DataLoaders; the first has set_position(epoch, start_batch) and gives this process's rows
     config: TrainConfig,
@@ -397,6 +402,8 @@ def train(
     files = [folder and Path(folder)/name for name in ('history.jsonl', 'checkpoint.pt')]
     per_epoch = len(loaders.train)
     if per_epoch == 0: raise ValueError(f'the training loader has no full batch of {config.batch_size} pairs')
+    if not hasattr(loaders, 'device'): # fastai forgets that of plain torch loaders, and would take a GPU unasked
+        loaders._device = next(model.parameters()).device
     monitor = Monitor(config, per_epoch, files[0])
     cbs = [TrainEvalCallback, Schedule(config, per_epoch * config.epochs), AverageGradients, monitor, _Clamp(model),
            Checkpoint(model, config, per_epoch, files[1]), *callbacks]

@@ -27,10 +27,12 @@ def render(
 ):
     "Render one notebook, with links to notebooks turned into links to pages."
     nb = nbformat.read(notebook, as_version=4)
+    nb.cells = [o for o in nb.cells if not re.match(r'#\|\s*(hide|default_exp)\b', o.source)]
     for cell in nb.cells:
         if cell.cell_type != 'markdown': continue
         cell.source = re.sub(r'(\]\((?!https?:)[^)\s]+)\.ipynb', r'\1.html', with_mathml(cell.source))
-    exporter = HTMLExporter(require_js_url='', mathjax_url='', jquery_url='', mermaid_js_url='')
+    exporter = HTMLExporter(require_js_url='', mathjax_url='', jquery_url='', mermaid_js_url='',
+                            exclude_input_prompt=True, exclude_output_prompt=True)
     html, _ = exporter.from_notebook_node(nb, {'metadata': {'name': notebook.stem}})
     html = re.sub(r'<script[^>]*\bsrc="[^"]*"[^>]*>\s*</script>', '', html)
     html = re.sub(r'<script type="module">.*?</script>', '', html, flags=re.S)

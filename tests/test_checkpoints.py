@@ -1,5 +1,4 @@
 "Pretrained pairs of Hugging Face and open_clip: same outputs in, through and out again (random tiny models)."
-import json
 import string
 
 import numpy as np
@@ -10,7 +9,6 @@ from transformers import (AutoTokenizer, BertConfig, CLIPConfig, CLIPModel, CLIP
                           SiglipConfig, SiglipModel)
 
 from medcl_study.core import DataError, read_json, write_json
-from medcl_study.data.text import Tokenizer
 from medcl_study.encoders.checkpoints import PretrainedEncoder, load_checkpoint, load_encoder
 
 TEXTS = ['no pleural effusion', 'Small left-sided effusion, no nodule.', 'a', 'chest radiograph with ' + 'nodule '*30]
@@ -54,7 +52,8 @@ def scramble(model):
 
 
 def hf_clip(folder, act='quick_gelu'):
-    tokenizer, torch_seed = clip_tokenizer(), torch.manual_seed(0)
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
     config = CLIPConfig(vision_config=VISION | dict(hidden_act=act), projection_dim=20,
                         text_config=TEXT | dict(hidden_act=act, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
                                                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
@@ -66,7 +65,8 @@ def hf_clip(folder, act='quick_gelu'):
 
 
 def hf_siglip(folder):
-    tokenizer, torch_seed = word_tokenizer(), torch.manual_seed(0)
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer()
     config = SiglipConfig(vision_config=VISION, text_config=TEXT | dict(
         vocab_size=len(tokenizer), projection_size=32, bos_token_id=1, eos_token_id=1, pad_token_id=0))
     model = scramble(SiglipModel(config))
@@ -139,7 +139,7 @@ def check_training(encoder):
     "One step moves towers, projections and scale; masking and locking do what they say."
     encoder.train()
     data = batch(encoder)
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=.05)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-3)
     before = loss_of(encoder(data))
     before.backward()
     missing = [k for k, p in encoder.named_parameters() if p.grad is None or (not p.grad.any() and k != 'bias')]
@@ -208,7 +208,8 @@ def test_refusals(tmp_path):
     config = read_json(tmp_path/'clip'/'config.json')
     config['vision_config']['hidden_size'] = 48
     write_json(tmp_path/'clip'/'config.json', config)
-    with pytest.raises((DataError, RuntimeError)): load_checkpoint(tmp_path/'clip')
+    with pytest.raises(DataError, match='is missing or of another shape'): load_checkpoint(tmp_path/'clip')
+    with pytest.raises(DataError, match='not a saved pretrained pair'): PretrainedEncoder.load(tmp_path/'clip')
 
 
 # ---- open_clip
@@ -254,6 +255,10 @@ OPEN_CLIP = {
     'custom_text': {'custom_text': True, 'quick_gelu': False, 'vision_cfg': dict(pool_type='avg', final_ln_after_pool=True)},
     'siglip': {'init_logit_bias': -10., 'custom_text': True, 'quick_gelu': False, 'text_cfg': dict(
         no_causal_mask=True, pool_type='last', proj_bias=True)},
+    'timm_classifier': {'custom_text': True, 'quick_gelu': False, 'vision_cfg': dict(
+        timm_model_name='test_vit', timm_pool='token', timm_proj='', image_size=160)},
+    'timm_cnn': {'custom_text': True, 'quick_gelu': False, 'vision_cfg': dict(
+        timm_model_name='test_resnet', timm_pool='avg', timm_proj='mlp', image_size=160)},
     'biomedclip': {'custom_text': True, 'quick_gelu': False, 'text_cfg': dict(
         hf_model_name=BERT, hf_tokenizer_name='words', hf_proj_type='mlp', hf_pooler_type='cls_last_hidden_state_pooler'),
         'vision_cfg': dict(timm_model_name='test_vit', timm_pool='', timm_proj='linear', image_size=160)},
@@ -274,6 +279,27 @@ def test_open_clip(kind, tmp_path):
     again.export(tmp_path/'exported')
     same(open_clip_outputs(tmp_path/'exported'), expected)
     check_training(again)
+
+
+@pytest.mark.parametrize('vision, message', [
+    (dict(layers=[1, 1, 1, 1], width=16), 'ModifiedResNet in this form is not supported'),
+    (dict(attentional_pool=True, attn_pooler_heads=2), 'VisionTransformer in this form is not supported'),
+    (dict(timm_model_name='resnet10t', timm_pool='abs_attn', timm_proj='', image_size=224), 'TimmModel in this form is not supported')])
+def test_unsupported_towers_are_named(vision, message, tmp_path):
+    source = open_clip_folder(tmp_path/'source', vision_cfg=vision, custom_text=True)
+    with pytest.raises(DataError, match=message): load_checkpoint(source)
+
+
+def test_open_clip_refusals(tmp_path):
+    source = open_clip_folder(tmp_path/'source')
+    config = read_json(source/'open_clip_config.json')
+    write_json(source/'open_clip_config.json', config | {'model_cfg': config['model_cfg'] | {'embed_dim': 24}})
+    with pytest.raises(DataError, match='do not fit'): load_checkpoint(source)
+    write_json(source/'open_clip_config.json', config | {'model_cfg': config['model_cfg'] | {'multimodal_cfg': {}}})
+    with pytest.raises(DataError, match='CoCa checkpoints are not supported'): load_checkpoint(source)
+    write_json(source/'open_clip_config.json', config)
+    (source/'open_clip_model.safetensors').unlink()
+    with pytest.raises(DataError, match='no weights. Expected one of open_clip_model.safetensors'): load_checkpoint(source)
 
 
 def test_open_clip_activation(tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MODES', 'CHUNK_BYTES', 'AUGMENTATIONS', 'read_image', 'resize', 'to_channels', 'PackedCache',
            'pack', 'Augmentation', 'augment']
 
-# %% ../../nbs/13_images.ipynb #a117fd43
+# %% ../../nbs/13_images.ipynb #075bd175
 import contextlib
 import io
 import json
@@ -22,7 +22,7 @@ import pandas as pd
 import pydicom
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, pixel_array
-from pydicom.uid import ImplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ..core import (DataError, Locked, OutputError, atomic, content_hash, generator, lock, read_json, read_parquet, write_json,
                               write_parquet)
@@ -43,13 +43,14 @@ def _to_uint8(values):
     if values.dtype.kind == 'f' or low < 0: return _stretch(values, low, high)
     return _stretch(values, 0, 2**next(o for o in (8, 10, 12, 14, 16, 32, 64) if high < 2**o) - 1)
 
-# %% ../../nbs/13_images.ipynb #c83efec2
+# %% ../../nbs/13_images.ipynb #835aa7e0
 FORMATS = ('JPEG', 'PNG', 'GIF', 'TIFF', 'BMP', 'WEBP', 'JPEG2000', 'PPM')
 MAX_PIXELS = 89_478_485 # of one image, Pillow's own limit; a larger header is taken for a decompression bomb
 
 
 def _flatten(im):
     "Resolve palette, transparency, colour space and bit depth of a loaded Pillow image."
+    if im.mode in ('P', 'PA') and not np.ptp(np.reshape(im.getpalette('RGB'), (-1, 3)), axis=1).any(): im = _grey_palette(im)
     if 'transparency' in im.info or im.mode in ('PA', 'La', 'RGBa'): im = im.convert('LA' if im.mode in ('1', 'L', 'La') else 'RGBA')
     if im.mode in ('LA', 'RGBA'):
         values = np.asarray(im).astype(np.uint16)
@@ -57,6 +58,13 @@ def _flatten(im):
         return values[..., 0] if im.mode == 'LA' else values
     if im.mode.startswith('I') or im.mode == 'F': return _to_uint8(np.asarray(im))
     return np.array(im if im.mode in ('L', 'RGB') else im.convert('L' if im.mode == '1' else 'RGB'))
+
+
+def _grey_palette(im):
+    "Look up a palette that holds greys only (most GIFs of radiographs), keeping transparency."
+    grey = im.convert('LA' if 'transparency' in im.info or im.mode == 'PA' else 'L')
+    grey.info.pop('transparency', None)
+    return grey
 
 
 def _check_size(width, height):
@@ -77,7 +85,7 @@ def _read_picture(f, at_least):
         im.load()
         return _flatten(ImageOps.exif_transpose(im))
 
-# %% ../../nbs/13_images.ipynb #7fbd4cf7
+# %% ../../nbs/13_images.ipynb #03d32353
 def _windowed(stored, ds, window):
     "Map stored numbers to 0…255: modality transform, then the given window, the file's lookup table, or the file's window."
     values = apply_modality_lut(stored, ds)
@@ -85,7 +93,8 @@ def _windowed(stored, ds, window):
     elif ds.get('VOILUTSequence') and 'LUTData' in ds.VOILUTSequence[0]:
         values, low, high = apply_voi(values, ds), 0, 2**ds.VOILUTSequence[0].LUTDescriptor[2] - 1
     elif ds.get('WindowCenter') is not None and ds.get('WindowWidth') is not None:
-        values, (low, high) = apply_windowing(values, ds), np.sort(apply_windowing(np.array([-2.**31, 2.**31]), ds))
+        with np.errstate(over='ignore'): low, high = np.sort(apply_windowing(np.array([-2.**31, 2.**31]), ds))
+        values = apply_windowing(values, ds)
     else:
         real = values[stored != ds.PixelPaddingValue] if 'PixelPaddingValue' in ds else values
         low, high = (real.min(), real.max()) if real.size else (0, 0)
@@ -93,18 +102,21 @@ def _windowed(stored, ds, window):
     return 255 - grey if ds.PhotometricInterpretation == 'MONOCHROME1' else grey
 
 
+_SYNTAX = {(True, True): ImplicitVRLittleEndian, (False, True): ExplicitVRLittleEndian, (False, False): ExplicitVRBigEndian}
+
+
 def _read_dicom(f, window):
     ds = pydicom.dcmread(f, force=True)
-    if not any(o in ds for o in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')):
+    if not ({'Rows', 'Columns'} <= set(ds.dir()) and {'PixelData', 'FloatPixelData', 'DoubleFloatPixelData'} & set(ds.dir())):
         raise DataError(f'DICOM file without pixel data (modality {ds.get("Modality", "unknown")})',
                         remedy='Leave out structured reports, presentation states and the like.')
     _check_size(int(ds.Columns), int(ds.Rows))
-    if 'TransferSyntaxUID' not in ds.file_meta: ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    if 'TransferSyntaxUID' not in ds.file_meta: ds.file_meta.TransferSyntaxUID = _SYNTAX[ds.original_encoding]
     values = pixel_array(ds, index=0) # the first frame; YBR is converted to RGB
     if ds.PhotometricInterpretation == 'PALETTE COLOR': values = apply_color_lut(values, ds)
     return _windowed(values, ds, window) if values.ndim == 2 else _to_uint8(values[..., :3])
 
-# %% ../../nbs/13_images.ipynb #73dfcd59
+# %% ../../nbs/13_images.ipynb #b17fb657
 def read_image(
     source, # path or bytes
     *,
@@ -112,19 +124,19 @@ def read_image(
     window: tuple[float, float] | None = None, # DICOM: centre and width instead of the file's own
 ) -> np.ndarray: # uint8 (h, w) or (h, w, 3)
     "Read one image; raises `DataError` for missing, empty, damaged, oversized and unknown files."
-    name = None if isinstance(source, (bytes, bytearray)) else Path(source)
+    name, remedy = None if isinstance(source, (bytes, bytearray)) else Path(source), 'Download it again.'
     try:
         with io.BytesIO(source) if name is None else name.open('rb') as f:
             head = f.read(132)
             f.seek(0)
             if not head: raise DataError('zero bytes', remedy='Download it again.')
-            if head[128:] == b'DICM' or (name and name.suffix.lower() in ('.dcm', '.dicom')): return _read_dicom(f, window)
-            return _read_picture(f, at_least)
+            if head[128:] != b'DICM' and not (name and name.suffix.lower() in ('.dcm', '.dicom')): return _read_picture(f, at_least)
+            remedy = 'Download it again; for rare DICOM compressions install pylibjpeg[all].'
+            return _read_dicom(f, window)
     except DataError as e: raise DataError(e.what, file=name, remedy=e.remedy) from None
     except FileNotFoundError: raise DataError('no such image file', file=name, remedy='Put it there, or mend the path.') from None
     except Exception as e:
-        raise DataError(f'cannot be decoded ({type(e).__name__}: {str(e).strip() or "no detail"})', file=name,
-                        remedy='Download it again; for rare DICOM compressions install pylibjpeg[all].') from None
+        raise DataError(f'cannot be decoded ({type(e).__name__}: {str(e).strip() or "no detail"})', file=name, remedy=remedy) from None
 
 # %% ../../nbs/13_images.ipynb #6c340e89
 MODES = ('pad', 'crop', 'stretch')
@@ -162,7 +174,7 @@ def to_channels(
     if image.shape[2] == channels: return image
     return np.repeat(image, 3, 2) if channels == 3 else np.asarray(Image.fromarray(image).convert('L'))[..., None]
 
-# %% ../../nbs/13_images.ipynb #78c5765d
+# %% ../../nbs/13_images.ipynb #67338b0f
 CHUNK_BYTES = 1 << 23 # written, flushed and journalled at a time
 _FORMAT = 1 # to be raised when the same file would be decoded to other pixels
 
@@ -196,14 +208,14 @@ class PackedCache:
 
     def batch(self, rows) -> np.ndarray: # uint8 (n, size, size, channels)
         "Read rows of the cache, raw."
-        return np.take(self.images, self.slots[np.asarray(rows)], axis=0)
+        return np.asarray(self.images)[self.slots[np.asarray(rows)]]
 
     def select(self, rows) -> 'PackedCache':
         "Keep some rows, as `Corpus.select` does."
         rows = np.arange(len(self))[np.asarray(rows)]
         return PackedCache(self.folder, self.slots[rows], rows=self.rows[rows], report=self.report)
 
-# %% ../../nbs/13_images.ipynb #1361eb5f
+# %% ../../nbs/13_images.ipynb #b9c15603
 def _digests(paths, folder, pool):
     "Hash the contents of files; hashes are remembered in `folder` by path, size and time of change."
     state, memory = {}, Path(folder) / 'digests.parquet'
@@ -212,7 +224,7 @@ def _digests(paths, folder, pool):
     known = {tuple(o[:3]): o[3] for o in read_parquet(memory).itertuples(index=False, name=None)} if memory.exists() else {}
     new = [o for o in state.values() if o not in known]
     known |= zip(new, pool.map(lambda o: content_hash(Path(o[0]), length=32), new))
-    if new and os.access(folder, os.W_OK):
+    if new and (not Path(folder).exists() or os.access(folder, os.W_OK)):
         write_parquet(memory, pd.DataFrame([(*k, v) for k, v in known.items()], columns=['path', 'size', 'changed', 'digest']))
     return [known[state[p]] if p in state else f'unreadable: {p}' for p in paths]
 
@@ -223,10 +235,11 @@ def _sources(corpus, folder, pool):
     if rendered or isinstance(corpus[0].image, np.ndarray):
         identity = corpus.hash()
         return [f'{identity}:{i}' for i in range(len(corpus))], corpus.images if rendered else (lambda rows: [corpus[i].image for i in rows])
-    paths = [Path(o.image) for o in corpus]
+    root = getattr(corpus, 'root', None) # a table of files is read as a whole: building a sample also splits its text
+    paths = [root / o for o in corpus.frame.image] if root else [Path(o.image) for o in corpus]
     return _digests(paths, folder, pool), lambda rows: [paths[i] for i in rows]
 
-# %% ../../nbs/13_images.ipynb #625fa3ea
+# %% ../../nbs/13_images.ipynb #5421af2d
 @contextlib.contextmanager
 def _turn(folder):
     "Own `folder` for writing, waiting for another writer to end."
@@ -275,7 +288,7 @@ def _build(folder, shape, render, settings):
     with _turn(folder):
         if (folder / 'meta.json').exists(): return
         done = _journal(journal) if path.exists() else {}
-        if not done: journal.unlink(missing_ok=True)
+        for o in folder.glob('.images.npy.*.tmp'): o.unlink() # of a build killed while reserving
         begin, step = _reserve(path, shape), max(1, CHUNK_BYTES // item)
         for chunk, first in enumerate(range(0, shape[0], step)):
             if chunk in done: continue

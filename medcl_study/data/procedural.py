@@ -205,7 +205,7 @@ def waves(n, size, rng):
     field[kind == 3] *= np.sin(v*frequency)[kind == 3]
     return .5 + .5*field, {'kind': kind, 'scale': scale, 'orientation': np.where(kind == 2, -1, level)}
 
-# %% ../../nbs/15_procedural.ipynb #edf15d45
+# %% ../../nbs/15_procedural.ipynb #c9a3cd27
 _CORNERS = np.array([0, 0, 3, 4, 5, 6, 0, 2], np.float32)  # per kind; kinds 5 and 7 are flowers, 6 a ring, 1 a bar
 _NUMBERS = np.array([1, 3, 5])
 
@@ -223,7 +223,7 @@ def _edge(angle, kind):
 def _coverage(kind, radius, size, rng):
     "Opacity (n, size, size) of one shape per picture, at a random place and angle."
     u, v = _turned(rng.uniform(0, 2*np.pi, len(kind)), size)
-    x, y = _uniform(rng, -.7, .7, 2, len(kind), 1, 1)
+    x, y = _uniform(rng, -.6, .6, 2, len(kind), 1, 1)
     u, v = u - x, (v - y)*_each(np.where(kind == 1, 3, 1))
     far = np.hypot(u, v)/_each(radius)/_edge(np.arctan2(v, u), kind)
     pixels = _each(radius)*size/2

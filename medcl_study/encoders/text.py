@@ -52,7 +52,7 @@ def sentence_means(
     counts = member.sum(1)
     return member.transpose(1, 2) @ words / counts[..., None].clamp(min=1), counts > 0
 
-# %% ../../nbs/21_text_towers.ipynb #33ae7308
+# %% ../../nbs/21_text_towers.ipynb #dd21038a
 class TextTower(nn.Module):
     "A transformers encoder giving one vector per token and one global vector."
     def __init__(self,
@@ -71,12 +71,19 @@ class TextTower(nn.Module):
         mask: Tensor, # (n, t) True where a token is real
     ): # words (n, t, width), pooled (n, width)
         "Encode texts; raises `ValueError` where they are longer than the model can read."
-        t = max(1, int(mask.sum(1).max()))
-        if self.max_tokens and t > self.max_tokens:
+        lengths = mask.sum(1)
+        if self.max_tokens and (t := int(lengths.max())) > self.max_tokens:
             raise ValueError(f'texts of {t} tokens, but this tower reads at most {self.max_tokens}: lower max_tokens')
+        order = lengths.argsort(stable=True)
+        parts = order.split(32 if tokens.device.type == 'cpu' else len(order))
+        words = torch.cat([self._words(tokens[rows], mask[rows]) for rows in parts])[order.argsort()]
+        return words, POOLINGS[self.pooling](words, mask)
+
+    def _words(self, tokens, mask):
+        "Encode what is not padding in all of the texts; zeros stand for the rest."
+        t = max(1, int(mask.sum(1).max()))
         words = self.net(input_ids=tokens[:, :t], attention_mask=mask[:, :t]).last_hidden_state
-        pooled = POOLINGS[self.pooling](words, mask[:, :t])
-        return (words if t == mask.shape[1] else F.pad(words, (0, 0, 0, mask.shape[1] - t))), pooled
+        return F.pad(words, (0, 0, 0, mask.shape[1] - t))
 
     @property
     def options(self) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'SCORERS', 'pixel_reader', 'encoder_hash', 'FeatureStore', 'take', 'as_store', 'Scorer', 'unit',
-           'find_scorer', 'scorer_features', 'labelled', 'sample_groups']
+           'find_scorer', 'check_length', 'scorer_features', 'labelled', 'sample_groups']
 
 # %% ../../nbs/60_features.ipynb #ee0c040d
 import contextlib
@@ -78,7 +78,7 @@ def _wishes(method, outputs):
 
 OUTPUTS = ('global_', 'pooled')
 
-# %% ../../nbs/60_features.ipynb #ded23231
+# %% ../../nbs/60_features.ipynb #f79bed65
 def encoder_hash(
     encoder, # a module, or any object with a method `hash()`
 ) -> str:
@@ -86,20 +86,26 @@ def encoder_hash(
     if callable(own := getattr(encoder, 'hash', None)): return own()
     if not isinstance(encoder, torch.nn.Module):
         raise TypeError(f'{type(encoder).__name__} is no torch module; give it a method hash() or use no cache folder')
+    tokenizer = getattr(encoder, 'tokenizer', None)
     named = sorted((*encoder.named_parameters(), *encoder.named_buffers()), key=lambda o: o[0])
     tensors = (part for name, o in named
                for part in (name, str(o.dtype), list(o.shape), o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return content_hash(type(encoder).__qualname__, re.sub(r' at 0x[0-9a-f]+', '', repr(encoder)),
-                        str(getattr(encoder, 'config', '')), _own_hash(getattr(encoder, 'tokenizer', None)), *tensors)
+                        str(getattr(encoder, 'config', '')), '' if tokenizer is None else _own_hash(tokenizer), *tensors)
 
 
-def _own_hash(source):
-    "Hash an array by content; ask anything else for its own hash."
-    if source is None: return ''
-    if isinstance(source, np.ndarray): return content_hash(source)
-    own = getattr(source, 'hash', None)
-    if own is None: raise TypeError(f'{type(source).__name__} has no `hash`, so features of it cannot be cached')
+def _own_hash(part):
+    "Ask a part for its own hash; raises TypeError if it has none."
+    own = getattr(part, 'hash', None)
+    if own is None: raise TypeError(f'{type(part).__name__} has no `hash`, so features that depend on it cannot be kept')
     return own() if callable(own) else own
+
+
+def _source_hash(source):
+    "Ask a source of pixels for its own hash, or hash the pixels, 256 images at a time."
+    if hasattr(source, 'hash'): return _own_hash(source)
+    read = pixel_reader(source)
+    return content_hash([content_hash(read(range(o, min(o + 256, len(source))))) for o in range(0, len(source), 256)])
 
 
 def _device(encoder):
@@ -112,7 +118,7 @@ def _surroundings(encoder):
     "List what computes the features besides the encoder."
     return [code_hash(), _device(encoder).type, *(version(o) for o in ('torch', 'timm', 'transformers'))]
 
-# %% ../../nbs/60_features.ipynb #29a4ef23
+# %% ../../nbs/60_features.ipynb #e0d6f068
 @dataclass(frozen=True)
 class FeatureStore:
     "Encode images and texts with a frozen encoder; results are kept in `folder`, if there is one, by content."
@@ -131,7 +137,7 @@ class FeatureStore:
         def encode(rows):
             pixels = np.ascontiguousarray(read(rows).transpose(0, 3, 1, 2))
             return method(torch.from_numpy(pixels).to(device), **_wishes(method, outputs))
-        return self._features('image', lambda: _own_hash(source), len(source), encode, outputs)
+        return self._features('image', lambda: _source_hash(source), len(source), encode, outputs)
 
     def texts(self,
         texts, # strings
@@ -182,7 +188,7 @@ def as_store(
     "Wrap an encoder in a store without a folder; a store passes through."
     return encoder if isinstance(encoder, FeatureStore) else FeatureStore(encoder)
 
-# %% ../../nbs/60_features.ipynb #f8f06e76
+# %% ../../nbs/60_features.ipynb #72cddcdb
 @dataclass(frozen=True)
 class Scorer:
     "How images and texts are scored against each other; the outputs named here are what it is given."
@@ -219,6 +225,16 @@ def find_scorer(
     if isinstance(scorer, Scorer): return scorer
     if scorer in SCORERS: return SCORERS[scorer]
     raise ValueError(f'there is no scorer {scorer!r}: known are {", ".join(SCORERS)}')
+
+
+def check_length(
+    source, # images, see `pixel_reader`
+    corpus, # the samples they belong to
+):
+    "Raise `DataError` unless there is one image per sample."
+    if len(source) != len(corpus): raise DataError(
+        f'{len(source)} images for {len(corpus)} samples', file=corpus.name,
+        remedy='Where packing left images out, keep the samples that have one: corpus.select(images.rows).')
 
 
 def scorer_features(

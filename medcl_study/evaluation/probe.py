@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENALTIES', 'Probe', 'fit_probe', 'Rows', 'probe_rows', 'probe_predictions', 'linear_probe']
 
-# %% ../../nbs/62_probe.ipynb #f299ddbd
+# %% ../../nbs/62_probe.ipynb #79e35a6e
 import dataclasses
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..core import DataError
 from ..data.pairs import split_groups
-from .features import as_store, labelled, sample_groups
+from .features import as_store, check_length, labelled, sample_groups
 from ..predictions import Task, prediction_rows
 
 # %% ../../nbs/62_probe.ipynb #e92b846f
@@ -110,7 +110,7 @@ def fit_probe(
         if len(path) > 2 and path[-1][1] > path[-2][1] > path[-3][1]: break
     return dataclasses.replace(best, path=tuple(path))
 
-# %% ../../nbs/62_probe.ipynb #46f5bcd9
+# %% ../../nbs/62_probe.ipynb #8766a7c9
 @dataclass(frozen=True)
 class Rows:
     "Features and targets of the labelled samples of one split."
@@ -135,7 +135,9 @@ def probe_rows(
     found = {}
     for name, corpus in splits.items():
         rows, y = labelled(corpus, task)
-        found[name] = Rows(np.asarray(features(name, corpus))[rows], y, corpus.frame['id'].to_numpy()[rows],
+        x = np.asarray(features(name, corpus))
+        check_length(x, corpus)
+        found[name] = Rows(x[rows], y, corpus.frame['id'].to_numpy()[rows],
                            sample_groups(corpus)[rows])
     if 'valid' not in found:
         part = split_groups(found['train'].groups, fractions={'train': .8, 'valid': .2}, seed=seed)

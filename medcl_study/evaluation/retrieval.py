@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TIE', 'best_ranks', 'distinct', 'retrieval']
 
-# %% ../../nbs/63_retrieval.ipynb #b111fc53
+# %% ../../nbs/63_retrieval.ipynb #3dc2ce4f
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from .features import Scorer, find_scorer, sample_groups, scorer_features, take
+from .features import Scorer, check_length, find_scorer, sample_groups, scorer_features, take
 from ..predictions import Task, concat_predictions, prediction_rows
 
 # %% ../../nbs/63_retrieval.ipynb #fdddff9b
@@ -71,7 +71,7 @@ def _image_ids(corpus, images):
     files = getattr(corpus, 'root', None) is not None and getattr(corpus, 'pixels', None) is None
     return corpus.frame['image'].to_numpy() if files else np.arange(len(corpus))
 
-# %% ../../nbs/63_retrieval.ipynb #a2b95154
+# %% ../../nbs/63_retrieval.ipynb #cf718d7f
 def retrieval(
     encoder, # encoder or FeatureStore
     corpus, # pairs
@@ -83,7 +83,7 @@ def retrieval(
 ) -> pd.DataFrame: # prediction rows of protocols 'image_to_text' and 'text_to_image'
     "Rank all distinct texts for each image and all images for each distinct text; raises `DataError` for an empty text."
     source, scorer = corpus if images is None else images, find_scorer(scorer)
-    if len(source) != len(corpus): raise DataError(f'{len(source)} images for {len(corpus)} samples', file=corpus.name)
+    check_length(source, corpus)
     ids, texts = (corpus.frame[o].to_numpy(dtype=object) for o in ('id', 'text'))
     empty = [i for i, o in zip(ids, texts) if not o.strip()]
     if empty: raise DataError(f'{len(empty)} samples have no text', file=corpus.name, row=empty[0],

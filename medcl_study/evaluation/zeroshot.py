@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['class_scores', 'zero_shot']
 
-# %% ../../nbs/61_zeroshot.ipynb #0402630b
+# %% ../../nbs/61_zeroshot.ipynb #fc7d89b2
 import numpy as np
 import pandas as pd
 
-from ..core import DataError
 from ..data.text import PromptSet, prompts_for
-from .features import Scorer, find_scorer, labelled, sample_groups, scorer_features, take
+from .features import Scorer, check_length, find_scorer, labelled, sample_groups, scorer_features, take
 from ..predictions import Task, prediction_rows
 
 # %% ../../nbs/61_zeroshot.ipynb #9c28fa4a
@@ -32,7 +31,7 @@ def class_scores(
     if scorer.ensemble: return block
     return np.stack([block[:, owner == o].mean(1) for o in range(owner.max() + 1)], 1)
 
-# %% ../../nbs/61_zeroshot.ipynb #26e5a754
+# %% ../../nbs/61_zeroshot.ipynb #ff638223
 def _described(task, prompts):
     "List the prompts of a task, with the number of the class each is about; negatives count on after the classes."
     lists = prompts_for(task.classes, prompts)
@@ -52,7 +51,7 @@ def zero_shot(
 ) -> pd.DataFrame: # prediction rows of protocol 'zeroshot'
     "Classify a corpus by prompts; raises `DataError` for rows that contradict the task or images that do not match."
     source, scorer = corpus if images is None else images, find_scorer(scorer)
-    if len(source) != len(corpus): raise DataError(f'{len(source)} images for {len(corpus)} samples', file=corpus.name)
+    check_length(source, corpus)
     rows, targets = labelled(corpus, task)
     texts, owner = _described(task, prompts)
     image, text = scorer_features(encoder, scorer, source, texts)
