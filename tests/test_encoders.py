@@ -57,7 +57,7 @@ def offline(monkeypatch):
     ('vit_base_patch16_rope_reg1_gap_256', dict(depth=2, embed_dim=64, num_heads=2), 32),
     ('resnet10t', {}, 40), ('convnext_atto', dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), 64), ('mobilenetv3_small_050', {}, 33),
     ('swin_tiny_patch4_window7_224', dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)), 64),
-    ('resnet50_clip', dict(layers=(1, 1, 1, 1)), 64), ('vit_tiny_p8', {}, 24), ('cnn_small', {}, 48)])
+    ('test_byobnet', {}, 64), ('vit_tiny_p8', {}, 24), ('cnn_small', {}, 48)])
 def test_image_towers_of_any_family(name, options, size):
     tower = image_tower(name, image_size=size, options=options).eval()
     images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)

@@ -451,7 +451,6 @@ def undisturbed(tmp_path_factory):
 def test_killed_build_goes_on_where_it_stopped(undisturbed):
     "SIGKILL in the middle, twice: finished chunks are not decoded again, and the bytes are those of an undisturbed build."
     folder, expected = undisturbed
-    decoded = 0
     for chunks in (3, 7):
         process = start(folder, 'killed', pause=0.02)
         journal = wait_for_chunks(folder / 'killed', chunks)
@@ -460,7 +459,7 @@ def test_killed_build_goes_on_where_it_stopped(undisturbed):
         process.stdout.close()
         finished = journal.read_text().count('\n')
         assert chunks <= finished < 12 and not (journal.parent / 'meta.json').exists()
-    with journal.open('a') as f: f.write('{"chunk": 11, "ba') # torn by the kill
+        with journal.open('a') as f: f.write('{"chunk": 11, "ba') # a line torn by the kill
     last = result(start(folder, 'killed'))
     assert last['decoded'] == 60 - 5 * finished
     assert contents(Path(last['folder'])) == expected

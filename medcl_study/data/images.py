@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MODES', 'CHUNK_BYTES', 'AUGMENTATIONS', 'read_image', 'resize', 'to_channels', 'PackedCache',
            'pack', 'Augmentation', 'augment']
 
-# %% ../../nbs/13_images.ipynb #075bd175
+# %% ../../nbs/13_images.ipynb #297bd570
 import contextlib
 import io
 import json
@@ -24,8 +24,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from ..core import (DataError, Locked, OutputError, atomic, content_hash, generator, lock, read_json, read_parquet, write_json,
-                              write_parquet)
+from ..core import (DataError, Locked, OutputError, atomic, content_hash, generator, lock, read_json,
+                              read_parquet, write_json, write_parquet)
 
 # %% ../../nbs/13_images.ipynb #43dee632
 def _stretch(values, low, high):
@@ -43,15 +43,15 @@ def _to_uint8(values):
     if values.dtype.kind == 'f' or low < 0: return _stretch(values, low, high)
     return _stretch(values, 0, 2**next(o for o in (8, 10, 12, 14, 16, 32, 64) if high < 2**o) - 1)
 
-# %% ../../nbs/13_images.ipynb #835aa7e0
+# %% ../../nbs/13_images.ipynb #e2e86a8d
 FORMATS = ('JPEG', 'PNG', 'GIF', 'TIFF', 'BMP', 'WEBP', 'JPEG2000', 'PPM')
 MAX_PIXELS = 89_478_485 # of one image, Pillow's own limit; a larger header is taken for a decompression bomb
 
 
 def _flatten(im):
     "Resolve palette, transparency, colour space and bit depth of a loaded Pillow image."
-    if im.mode in ('P', 'PA') and not np.ptp(np.reshape(im.getpalette('RGB'), (-1, 3)), axis=1).any(): im = _grey_palette(im)
-    if 'transparency' in im.info or im.mode in ('PA', 'La', 'RGBa'): im = im.convert('LA' if im.mode in ('1', 'L', 'La') else 'RGBA')
+    if im.mode in ('P', 'PA'): im = _expand_palette(im)
+    if 'transparency' in im.info or im.mode in ('La', 'RGBa'): im = im.convert('LA' if im.mode in ('1', 'L', 'La') else 'RGBA')
     if im.mode in ('LA', 'RGBA'):
         values = np.asarray(im).astype(np.uint16)
         values = ((values[..., :-1] * values[..., -1:] + 127) // 255).astype(np.uint8)
@@ -60,34 +60,38 @@ def _flatten(im):
     return np.array(im if im.mode in ('L', 'RGB') else im.convert('L' if im.mode == '1' else 'RGB'))
 
 
-def _grey_palette(im):
-    "Look up a palette that holds greys only (most GIFs of radiographs), keeping transparency."
-    grey = im.convert('LA' if 'transparency' in im.info or im.mode == 'PA' else 'L')
-    grey.info.pop('transparency', None)
-    return grey
+def _expand_palette(im):
+    "Look up the palette, keeping transparency; one that holds greys only (most GIFs of radiographs) gives a grey image."
+    grey = not np.ptp(np.reshape(im.getpalette('RGB'), (-1, 3)), axis=1).any()
+    mode = ('L' if grey else 'RGB') + ('A' if 'transparency' in im.info or im.mode == 'PA' else '')
+    im = im.convert(mode)
+    im.info.pop('transparency', None)
+    return im
 
 
 def _check_size(width, height):
-    if width * height > MAX_PIXELS: raise DataError(f'{width} x {height} pixels, more than {MAX_PIXELS:,}; taken for a '
-                                                    'decompression bomb', remedy='Cut or downsize it first if it is real.')
+    if width * height > MAX_PIXELS:
+        raise DataError(f'{width} x {height} pixels, more than {MAX_PIXELS:,}; taken for a decompression bomb',
+                        remedy='Cut or downsize it first if it is real.')
 
 
 def _read_picture(f, at_least):
     Image.init() # Pillow knows only five formats until asked
     try: im = Image.open(f, formats=FORMATS)
-    except UnidentifiedImageError: raise DataError(f'not an image in a known format ({", ".join(FORMATS)}, DICOM)',
-                                                   remedy='Convert it, or remove the row.') from None
-    except Image.DecompressionBombError as e: raise DataError(f'taken for a decompression bomb ({e})',
-                                                              remedy='Cut or downsize it first if it is real.') from None
+    except UnidentifiedImageError:
+        raise DataError(f'not an image in a known format ({", ".join(FORMATS)}, DICOM)',
+                        remedy='Convert it, or remove the row.') from None
+    except Image.DecompressionBombError as e:
+        raise DataError(f'taken for a decompression bomb ({e})', remedy='Cut or downsize it first if it is real.') from None
     with im:
         _check_size(*im.size)
         if at_least: im.draft(im.mode, (at_least, at_least))
         im.load()
         return _flatten(ImageOps.exif_transpose(im))
 
-# %% ../../nbs/13_images.ipynb #03d32353
+# %% ../../nbs/13_images.ipynb #a90d1c39
 def _windowed(stored, ds, window):
-    "Map stored numbers to 0…255: modality transform, then the given window, the file's lookup table, or the file's window."
+    "Map stored numbers to 0…255: modality transform, then the given window, the file's table, or the file's window."
     values = apply_modality_lut(stored, ds)
     if window: low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
     elif ds.get('VOILUTSequence') and 'LUTData' in ds.VOILUTSequence[0]:
@@ -102,12 +106,14 @@ def _windowed(stored, ds, window):
     return 255 - grey if ds.PhotometricInterpretation == 'MONOCHROME1' else grey
 
 
-_SYNTAX = {(True, True): ImplicitVRLittleEndian, (False, True): ExplicitVRLittleEndian, (False, False): ExplicitVRBigEndian}
+_PIXELS = ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')
+_SYNTAX = { # (implicit, little-endian), for old files that do not name theirs
+    (True, True): ImplicitVRLittleEndian, (False, True): ExplicitVRLittleEndian, (False, False): ExplicitVRBigEndian}
 
 
 def _read_dicom(f, window):
     ds = pydicom.dcmread(f, force=True)
-    if not ({'Rows', 'Columns'} <= set(ds.dir()) and {'PixelData', 'FloatPixelData', 'DoubleFloatPixelData'} & set(ds.dir())):
+    if 'Rows' not in ds or 'Columns' not in ds or not any(o in ds for o in _PIXELS):
         raise DataError(f'DICOM file without pixel data (modality {ds.get("Modality", "unknown")})',
                         remedy='Leave out structured reports, presentation states and the like.')
     _check_size(int(ds.Columns), int(ds.Rows))
@@ -116,7 +122,7 @@ def _read_dicom(f, window):
     if ds.PhotometricInterpretation == 'PALETTE COLOR': values = apply_color_lut(values, ds)
     return _windowed(values, ds, window) if values.ndim == 2 else _to_uint8(values[..., :3])
 
-# %% ../../nbs/13_images.ipynb #b17fb657
+# %% ../../nbs/13_images.ipynb #91dfdacc
 def read_image(
     source, # path or bytes
     *,
@@ -130,13 +136,16 @@ def read_image(
             head = f.read(132)
             f.seek(0)
             if not head: raise DataError('zero bytes', remedy='Download it again.')
-            if head[128:] != b'DICM' and not (name and name.suffix.lower() in ('.dcm', '.dicom')): return _read_picture(f, at_least)
+            dicom = head[128:] == b'DICM' or (name and name.suffix.lower() in ('.dcm', '.dicom'))
+            if not dicom: return _read_picture(f, at_least)
             remedy = 'Download it again; for rare DICOM compressions install pylibjpeg[all].'
             return _read_dicom(f, window)
     except DataError as e: raise DataError(e.what, file=name, remedy=e.remedy) from None
-    except FileNotFoundError: raise DataError('no such image file', file=name, remedy='Put it there, or mend the path.') from None
+    except FileNotFoundError:
+        raise DataError('no such image file', file=name, remedy='Put it there, or mend the path.') from None
     except Exception as e:
-        raise DataError(f'cannot be decoded ({type(e).__name__}: {str(e).strip() or "no detail"})', file=name, remedy=remedy) from None
+        detail = f'{type(e).__name__}: {str(e).strip() or "no detail"}'
+        raise DataError(f'cannot be decoded ({detail})', file=name, remedy=remedy) from None
 
 # %% ../../nbs/13_images.ipynb #6c340e89
 MODES = ('pad', 'crop', 'stretch')
@@ -174,7 +183,7 @@ def to_channels(
     if image.shape[2] == channels: return image
     return np.repeat(image, 3, 2) if channels == 3 else np.asarray(Image.fromarray(image).convert('L'))[..., None]
 
-# %% ../../nbs/13_images.ipynb #67338b0f
+# %% ../../nbs/13_images.ipynb #e43e0d70
 CHUNK_BYTES = 1 << 23 # written, flushed and journalled at a time
 _FORMAT = 1 # to be raised when the same file would be decoded to other pixels
 
@@ -197,14 +206,16 @@ class PackedCache:
         "Map the store into memory; nothing is read yet."
         try: return np.load(self.folder / 'images.npy', mmap_mode='r')
         except (OSError, ValueError) as e:
-            raise DataError(f'damaged packed cache ({e})', file=self.folder, remedy='Delete the folder and pack again.') from None
+            raise DataError(f'damaged packed cache ({e})', file=self.folder,
+                            remedy='Delete the folder and pack again.') from None
 
     @property
     def shape(self): return (len(self), *self.images.shape[1:])
     def __len__(self): return len(self.slots)
     def __getitem__(self, i: int) -> np.ndarray: return np.array(self.images[self.slots[i]])
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != 'images'} # a worker maps the file itself
-    def __repr__(self): return f'PackedCache{self.shape} uint8' + (f', {len(self.report)} rows left out' if len(self.report) else '')
+    def __getstate__(self): return {k: v for k, v in vars(self).items() if k != 'images'} # a worker maps the file itself
+    def __repr__(self):
+        return f'PackedCache{self.shape} uint8' + (f', {len(self.report)} rows left out' if len(self.report) else '')
 
     def batch(self, rows) -> np.ndarray: # uint8 (n, size, size, channels)
         "Read rows of the cache, raw."
@@ -215,17 +226,19 @@ class PackedCache:
         rows = np.arange(len(self))[np.asarray(rows)]
         return PackedCache(self.folder, self.slots[rows], rows=self.rows[rows], report=self.report)
 
-# %% ../../nbs/13_images.ipynb #b9c15603
+# %% ../../nbs/13_images.ipynb #0e724775
 def _digests(paths, folder, pool):
     "Hash the contents of files; hashes are remembered in `folder` by path, size and time of change."
     state, memory = {}, Path(folder) / 'digests.parquet'
     for p in {*paths}:
         with contextlib.suppress(OSError): state[p] = (str(p), (s := p.stat()).st_size, s.st_mtime_ns)
-    known = {tuple(o[:3]): o[3] for o in read_parquet(memory).itertuples(index=False, name=None)} if memory.exists() else {}
+    old = read_parquet(memory).itertuples(index=False, name=None) if memory.exists() else ()
+    known = {o[:3]: o[3] for o in old}
     new = [o for o in state.values() if o not in known]
     known |= zip(new, pool.map(lambda o: content_hash(Path(o[0]), length=32), new))
     if new and (not Path(folder).exists() or os.access(folder, os.W_OK)):
-        write_parquet(memory, pd.DataFrame([(*k, v) for k, v in known.items()], columns=['path', 'size', 'changed', 'digest']))
+        rows = [(*k, v) for k, v in known.items()]
+        write_parquet(memory, pd.DataFrame(rows, columns=['path', 'size', 'changed', 'digest']))
     return [known[state[p]] if p in state else f'unreadable: {p}' for p in paths]
 
 
@@ -233,13 +246,13 @@ def _sources(corpus, folder, pool):
     "Return (an identity per row, function from rows to an iterable of arrays or paths)."
     rendered = hasattr(corpus, 'images')
     if rendered or isinstance(corpus[0].image, np.ndarray):
-        identity = corpus.hash()
-        return [f'{identity}:{i}' for i in range(len(corpus))], corpus.images if rendered else (lambda rows: [corpus[i].image for i in rows])
+        identities = [f'{identity}:{i}' for identity in [corpus.hash()] for i in range(len(corpus))]
+        return identities, corpus.images if rendered else lambda rows: [corpus[i].image for i in rows]
     root = getattr(corpus, 'root', None) # a table of files is read as a whole: building a sample also splits its text
     paths = [root / o for o in corpus.frame.image] if root else [Path(o.image) for o in corpus]
     return _digests(paths, folder, pool), lambda rows: [paths[i] for i in rows]
 
-# %% ../../nbs/13_images.ipynb #5421af2d
+# %% ../../nbs/13_images.ipynb #6a79f07f
 @contextlib.contextmanager
 def _turn(folder):
     "Own `folder` for writing, waiting for another writer to end."
@@ -251,12 +264,14 @@ def _turn(folder):
         yield
 
 
-def _reserve(path, shape):
-    "Write the header of a uint8 .npy file and reserve its space; return where the pixels begin."
+def _reserve(path, journal, shape):
+    "Write the header of a uint8 .npy file and reserve its space, unless done before; return where the pixels begin."
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
     total = len(head.getvalue()) + int(np.prod(shape))
     if not path.exists() or path.stat().st_size != total:
+        journal.unlink(missing_ok=True)
+        for o in path.parent.glob(f'.{path.name}.*.tmp'): o.unlink() # of a build killed while reserving
         with atomic(path) as tmp, tmp.open('r+b') as f:
             f.write(head.getvalue())
             f.flush()
@@ -265,9 +280,11 @@ def _reserve(path, shape):
 
 
 def _journal(path):
-    "Return (chunk → bad list) of the finished chunks; a torn last line counts as unfinished."
-    lines = path.read_text().split('\n')[:-1] if path.exists() else []
-    return {o['chunk']: o['bad'] for o in map(json.loads, lines)}
+    "Return (chunk → bad list) of the finished chunks; a last line torn by a kill is cut off."
+    raw = path.read_bytes() if path.exists() else b''
+    whole = raw[:raw.rfind(b'\n') + 1]
+    if whole != raw: os.truncate(path, len(whole))
+    return {o['chunk']: o['bad'] for o in map(json.loads, whole.splitlines())}
 
 
 def _write(path, mode, content, begin=None):
@@ -278,8 +295,9 @@ def _write(path, mode, content, begin=None):
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e: raise OutputError(e.errno, f'{path.as_posix()}: cannot write ({e.strerror}). Free some space or choose '
-                                                    'another folder; finished chunks are kept.') from e
+    except OSError as e:
+        raise OutputError(e.errno, f'{path.as_posix()}: cannot write ({e.strerror}). Free some space or choose another '
+                                   'folder; finished chunks are kept.') from e
 
 
 def _build(folder, shape, render, settings):
@@ -287,9 +305,7 @@ def _build(folder, shape, render, settings):
     path, journal, item = folder / 'images.npy', folder / 'journal.jsonl', int(np.prod(shape[1:]))
     with _turn(folder):
         if (folder / 'meta.json').exists(): return
-        done = _journal(journal) if path.exists() else {}
-        for o in folder.glob('.images.npy.*.tmp'): o.unlink() # of a build killed while reserving
-        begin, step = _reserve(path, shape), max(1, CHUNK_BYTES // item)
+        begin, step, done = _reserve(path, journal, shape), max(1, CHUNK_BYTES // item), _journal(journal)
         for chunk, first in enumerate(range(0, shape[0], step)):
             if chunk in done: continue
             pixels, done[chunk] = render(np.arange(first, min(first + step, shape[0])))
@@ -299,7 +315,7 @@ def _build(folder, shape, render, settings):
         write_json(folder / 'meta.json', {'settings': settings, 'shape': shape, 'bad': bad})
         journal.unlink()
 
-# %% ../../nbs/13_images.ipynb #d049f6fa
+# %% ../../nbs/13_images.ipynb #cb5963f6
 def _bad(e, corpus, row):
     return DataError(e.what, file=e.file, row=corpus[row].id,
                      remedy=f"{e.remedy or 'Remove the row.'} on_bad='skip' leaves such rows out and lists them.")
@@ -308,11 +324,11 @@ def _bad(e, corpus, row):
 def _render(slots, *, rows, fetch, shape, settings, pool, refuse):
     "Decode, resize and stack the images of some slots; return (pixels, [[slot, what, remedy] of bad ones])."
     pixels, bad = np.zeros((len(slots), *shape[1:]), np.uint8), []
+    at_least = int(settings['draft'] * settings['size']) or None
     def one(image):
-        if not isinstance(image, np.ndarray):
-            image = read_image(image, at_least=int(settings['draft'] * settings['size']) or None, window=settings['window'])
-        image = resize(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image, settings['size'], mode=settings['mode'])
-        return to_channels(image, settings['channels'])
+        if not isinstance(image, np.ndarray): image = read_image(image, at_least=at_least, window=settings['window'])
+        if image.shape[2:] == (1,): image = image[..., 0]
+        return to_channels(resize(image, settings['size'], mode=settings['mode']), settings['channels'])
     def safe(image):
         try: return one(image)
         except DataError as e: return e
@@ -337,7 +353,8 @@ def pack(
 ) -> PackedCache:
     "Decode and resize every image once; raises `DataError` naming the first bad image, `OutputError` for a bad folder."
     if on_bad not in ('raise', 'skip'): raise ValueError(f"on_bad is {on_bad!r}; expected 'raise' or 'skip'")
-    if mode not in MODES or channels not in (1, 3): raise ValueError(f'mode is {mode!r}, channels {channels}; expected {MODES}, 1 or 3')
+    if mode not in MODES or channels not in (1, 3):
+        raise ValueError(f'mode is {mode!r} and channels {channels}; expected one of {MODES}, and 1 or 3')
     if not len(corpus): raise DataError('nothing to pack: the corpus is empty')
     settings = dict(format=_FORMAT, size=size, channels=channels, mode=mode, draft=draft, window=window)
     def refuse(e, row): raise _bad(e, corpus, row)
@@ -347,8 +364,8 @@ def pack(
         unique = sorted(first, key=first.get)
         target, shape = Path(folder) / content_hash(settings, unique, length=24), (len(unique), size, size, channels)
         if not (target / 'meta.json').exists():
-            render = partial(_render, rows=np.array([first[o] for o in unique]), fetch=fetch, shape=shape, settings=settings, pool=pool,
-                             refuse=refuse if on_bad == 'raise' else None)
+            render = partial(_render, rows=np.array([first[o] for o in unique]), fetch=fetch, shape=shape, pool=pool,
+                             settings=settings, refuse=refuse if on_bad == 'raise' else None)
             _build(target, shape, render, settings)
     slot = {o: j for j, o in enumerate(unique)}
     return _open(target, np.array([slot[o] for o in identities]), corpus, refuse if on_bad == 'raise' else None)
@@ -360,11 +377,12 @@ def _open(folder, slots, corpus, refuse):
     lost = np.flatnonzero(np.isin(slots, list(bad)))
     report = pd.DataFrame([(i, (s := corpus[i]).id, str(s.image), *bad[slots[i]]) for i in lost],
                           columns=['row', 'id', 'file', 'what', 'remedy'])
-    if len(report) and refuse: refuse(DataError(report.what[0], file=report.file[0], remedy=report.remedy[0]), report.row[0])
+    for o in report.itertuples():
+        if refuse: refuse(DataError(o.what, file=o.file, remedy=o.remedy), o.row)
     rows = np.setdiff1d(np.arange(len(slots)), lost)
     return PackedCache(folder, slots[rows], rows=rows, report=report)
 
-# %% ../../nbs/13_images.ipynb #72f8666f
+# %% ../../nbs/13_images.ipynb #f0f07937
 @dataclass(frozen=True)
 class Augmentation:
     "Ranges of the random changes; the defaults change nothing."
@@ -379,7 +397,7 @@ class Augmentation:
 AUGMENTATIONS = {
     'none': Augmentation(),
     'crop': Augmentation(crop=(0.6, 1.0)),
-    'radiograph': Augmentation(crop=(0.6, 1.0), rotate=20, shift=0.1, light=0.4, blur=3.0), # ConVIRT (2010.00747) without flips
+    'radiograph': Augmentation(crop=(0.6, 1.0), rotate=20, shift=0.1, light=0.4, blur=3.0), # 2010.00747, no flips
     'tissue': Augmentation(crop=(0.4, 1.0), light=0.3, flips=True),
 }
 
@@ -398,8 +416,8 @@ def _augment_one(image, a, rng):
     _, h, w = image.shape
     if a.crop != (1, 1): image = tv.resized_crop(image, *_crop_box(rng, h, w, a.crop), size=[h, w], antialias=True)
     if a.rotate or a.shift:
-        move = [round(rng.uniform(-a.shift, a.shift) * o) for o in (w, h)]
-        image = tv.affine(image, rng.uniform(-a.rotate, a.rotate), move, 1.0, [0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
+        angle, move = rng.uniform(-a.rotate, a.rotate), [round(rng.uniform(-a.shift, a.shift) * o) for o in (w, h)]
+        image = tv.affine(image, angle, move, 1.0, [0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
     if a.light:
         image = tv.adjust_brightness(image, rng.uniform(1 - a.light, 1 + a.light))
         image = tv.adjust_contrast(image, rng.uniform(1 - a.light, 1 + a.light))
