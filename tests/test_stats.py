@@ -6,7 +6,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from medcl_study.metrics import auroc, balanced_accuracy, macro_auroc
 from medcl_study.stats import (Resamples, acceleration, bca_interval, estimate, mean_over_seeds, paired_difference,
-                               percentile_interval, replicate, resample, t_interval, wilson_interval)
+                               percentile_interval, replicate, resample, seed_variance, t_interval, wilson_interval)
 
 
 def mean_of(x): return lambda w: w @ x / w.sum(-1)
@@ -151,6 +151,12 @@ def test_mean_over_seeds_has_two_parts():
     assert apart.high - apart.low > 4 * (alike.high - alike.low)
     capped = mean_over_seeds([.9, .99], np.array([[.9], [.99]]) + shared, groups=100, bounds=(0, 1))
     assert capped.high == 1
+    assert seed_variance(values, values[:, None] + shared) == pytest.approx(.01)
+    pooled = mean_over_seeds([.7, .7, .7], .7 + np.tile(shared, (3, 1)), groups=100, training=(.01, 8))
+    assert pooled.seed_sd == pytest.approx(.1) and pooled.high - pooled.low == pytest.approx(apart.high - apart.low, rel=.6)
+    negative = mean_over_seeds([.7, .7, .7], .7 + np.tile(shared, (3, 1)), groups=100, training=(-.01, 8))
+    assert (negative.low, negative.high) == pytest.approx((alike.low, alike.high))
+    assert mean_over_seeds([.7], (.7 + shared)[None], groups=100, training=(.01, 8)).seed_sd == pytest.approx(.1)
     one = mean_over_seeds([.7], (.7 + shared)[None], groups=100)
     assert one.seeds == 1 and np.isnan(one.seed_sd)
 
@@ -234,3 +240,38 @@ def test_mean_over_seeds_covers(seeds, seed_sd):
         m = mean_over_seeds(x.mean(1), [replicate(mean_of(o), draws) for o in x], groups=200)
         hits += m.low <= .7 <= m.high
     assert (.85 if seeds == 2 else .9) <= hits / 300 <= .99  # two seeds hardly know their spread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seeds', [2, 3])
+@pytest.mark.parametrize('seed_sd', [.02, .1])
+def test_pooled_seed_variance_covers_better(seeds, seed_sd):
+    "Four methods trained alike share one seed variance; so do their differences, with twice that variance."
+    mean, gap = [], []
+    for s in range(200):
+        rng = np.random.default_rng([s, 6])
+        difficulty, draws, arms = .4 * rng.normal(size=200), resample(np.arange(200), resamples=300), []
+        for _ in range(4):
+            x = .7 + seed_sd * rng.normal(size=(seeds, 1)) + difficulty + .3 * rng.normal(size=(seeds, 200))
+            arms.append((x.mean(1), np.stack([replicate(mean_of(o), draws) for o in x])))
+        variance, freedom = np.mean([seed_variance(*o) for o in arms]), 4 * (seeds - 1)
+        for values, replicates in arms:
+            m = mean_over_seeds(values, replicates, groups=200, training=(variance, freedom))
+            mean.append(m.low <= .7 <= m.high)
+            if values is arms[0][0]: continue
+            m = mean_over_seeds(values - arms[0][0], replicates - arms[0][1], groups=200, training=(2 * variance, freedom))
+            gap.append(m.low <= 0 <= m.high)
+    assert np.mean(mean) >= .91 and np.mean(gap) >= .90
+
+
+@pytest.mark.slow
+def test_mean_of_random_starts_covers_chance():
+    hits = 0
+    for s in range(200):
+        rng = np.random.default_rng([s, 7])
+        y, groups = rng.integers(0, 3, 120), np.arange(120) // 2
+        draws, starts = resample(groups, y, resamples=300), rng.normal(size=(20, 120, 3))
+        replicates = [replicate(lambda w: macro_auroc(x, y, weights=w), draws) for x in starts]
+        m = mean_over_seeds([float(macro_auroc(x, y)) for x in starts], replicates, groups=60)
+        hits += m.low <= .5 <= m.high
+    assert .91 <= hits / 200 <= .99

@@ -18,7 +18,8 @@ from medcl_study.data.text import (HEADERS, PROMPTS, Tokenizer, clean_text, mini
                                    split_sentences)
 
 WORDS = ['The heart is normal.', 'Nodule of 1.5 cm.', 'Dr. Gray', 'vs.', 'e.g.', '1.', '2. Effusion', '3) x', '\n', '\n\n', ' ', '.',
-         'FINDINGS:', 'Impression -', 'no. 4', '3 p.m.', '"Sic."', '...', '\t', 'T12. L1', '½', '\u00a0', 'e\u0301', '\ud83d\ude00', '- a']
+         'FINDINGS:', 'Impression -', 'no. 4', '3 p.m.', '"Sic."', '...', '\t', 'T12. L1', '½', '\u00a0', 'e\u0301',
+         '\ud83d\ude00', '- a']
 pieces = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=8)), max_size=20).map(''.join)
 spaced = st.lists(st.sampled_from(WORDS), max_size=20).map(' '.join)
 quick = settings(max_examples=200, deadline=None)

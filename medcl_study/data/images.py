@@ -43,7 +43,7 @@ def _to_uint8(values):
     if values.dtype.kind == 'f' or low < 0: return _stretch(values, low, high)
     return _stretch(values, 0, 2**next(o for o in (8, 10, 12, 14, 16, 32, 64) if high < 2**o) - 1)
 
-# %% ../../nbs/13_images.ipynb #e2e86a8d
+# %% ../../nbs/13_images.ipynb #ae3ab43b
 FORMATS = ('JPEG', 'PNG', 'GIF', 'TIFF', 'BMP', 'WEBP', 'JPEG2000', 'PPM')
 MAX_PIXELS = 89_478_485 # of one image, Pillow's own limit; a larger header is taken for a decompression bomb
 
@@ -51,7 +51,8 @@ MAX_PIXELS = 89_478_485 # of one image, Pillow's own limit; a larger header is t
 def _flatten(im):
     "Resolve palette, transparency, colour space and bit depth of a loaded Pillow image."
     if im.mode in ('P', 'PA'): im = _expand_palette(im)
-    if 'transparency' in im.info or im.mode in ('La', 'RGBa'): im = im.convert('LA' if im.mode in ('1', 'L', 'La') else 'RGBA')
+    if 'transparency' in im.info or im.mode in ('La', 'RGBa'):
+        im = im.convert('LA' if im.mode in ('1', 'L', 'La') else 'RGBA')
     if im.mode in ('LA', 'RGBA'):
         values = np.asarray(im).astype(np.uint16)
         values = ((values[..., :-1] * values[..., -1:] + 127) // 255).astype(np.uint8)
@@ -72,7 +73,7 @@ def _expand_palette(im):
 def _check_size(width, height):
     if width * height > MAX_PIXELS:
         raise DataError(f'{width} x {height} pixels, more than {MAX_PIXELS:,}; taken for a decompression bomb',
-                        remedy='Cut or downsize it first if it is real.')
+                        remedy='Cut or downsize it if it is real.')
 
 
 def _read_picture(f, at_least):
@@ -82,7 +83,7 @@ def _read_picture(f, at_least):
         raise DataError(f'not an image in a known format ({", ".join(FORMATS)}, DICOM)',
                         remedy='Convert it, or remove the row.') from None
     except Image.DecompressionBombError as e:
-        raise DataError(f'taken for a decompression bomb ({e})', remedy='Cut or downsize it first if it is real.') from None
+        raise DataError(f'taken for a decompression bomb ({e})', remedy='Cut or downsize it if it is real.') from None
     with im:
         _check_size(*im.size)
         if at_least: im.draft(im.mode, (at_least, at_least))

@@ -83,7 +83,7 @@ class PairStream(Dataset):
 
     def __getitem__(self, key): return self.make(key[0])[key]
 
-# %% ../../nbs/14_loaders.ipynb #ff8672b0
+# %% ../../nbs/14_loaders.ipynb #9337cac2
 class PairLoader(DataLoader):
     "A torch loader of whole batches whose position (epoch, first batch) can be set."
     def __init__(self, dataset, order: BatchOrder, *, workers: int = 0, device='cpu'):
@@ -96,6 +96,10 @@ class PairLoader(DataLoader):
     def set_position(self, epoch: int, start: int = 0):
         "Make the next iteration that of `epoch`, from batch `start` on."
         self.order.epoch, self.order.start = epoch, start
+
+    def to(self, device):
+        "Return the loader itself: the learner moves each batch, which is a dict."
+        return self
 
     def one_batch(self):
         "Return the first batch at the current position."

@@ -6,8 +6,7 @@
 __all__ = ['COLUMNS', 'SPLIT_NAMES', 'Region', 'Question', 'Sample', 'normalise_text', 'Corpus', 'ManifestError', 'read_manifest',
            'split_groups', 'write_manifest']
 
-# %% ../../nbs/10_pairs.ipynb #0ec5de0c
-import functools
+# %% ../../nbs/10_pairs.ipynb #dd5040f8
 import json
 import os
 import posixpath
@@ -166,7 +165,7 @@ def _read_parquet(path, bad):
 
 _READERS = {'.jsonl': _read_jsonl, '.csv': _read_csv, '.parquet': _read_parquet}
 
-# %% ../../nbs/10_pairs.ipynb #4e6f2b2b
+# %% ../../nbs/10_pairs.ipynb #29700967
 def _column(frame, ours, theirs, path):
     "Fetch the column that the manifest calls `theirs`, descending at dots; raises `DataError` if it is not there."
     head, *inner = theirs.split('.')
@@ -208,7 +207,7 @@ def _check_table(frame, classes, text_required, bad):
                            'caption is empty{}', 'Fill it, or read with text_required=False.')
     each(zip(frame._row[twice := frame.id.duplicated()], frame.id[twice]), 'id {!r} occurs before', 'Make ids unique.')
     each(((r, o) for r, labels in zip(frame._row, frame.labels) for o in labels or () if classes and o not in classes),
-         'label {!r} is not in the class list', f'Expected one of {list(classes)}.')
+         'label {!r} is not in the class list', f'Expected one of {list(classes or ())}.')
     each(((r, s) for r, s in zip(frame._row, frame.split) if s not in set(SPLIT_NAMES.values())),
          'split {!r} is unknown', f'Expected one of {sorted(SPLIT_NAMES)}.')
     groups = frame[(frame.group != '') & (frame.split != '')].groupby('group').split.nunique()

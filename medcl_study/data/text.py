@@ -406,9 +406,10 @@ _RELEASED = {
     'abdomen_ct': 'an abdominal CT scan showing {c}|CT image of {c}|x-ray image showing {c}|presence of {c} on CT image',
 }
 
-# %% ../../nbs/12_text.ipynb #7e6fcf48
+# %% ../../nbs/12_text.ipynb #dd6aec12
 _CHEST = {'Effusion': 'pleural effusion', 'Infiltration': 'pulmonary infiltrate', 'Mass': 'lung mass',
-          'Nodule': 'pulmonary nodule', 'Edema': 'pulmonary edema', 'Hernia': 'hiatal hernia', 'Pleural_Thickening': 'pleural thickening',
+          'Nodule': 'pulmonary nodule', 'Edema': 'pulmonary edema', 'Hernia': 'hiatal hernia',
+          'Pleural_Thickening': 'pleural thickening',
           'Fibrosis': 'pulmonary fibrosis', 'pleural': 'pleural thickening', 'No Finding': 'no acute abnormality',
           'normal': 'no acute abnormality'}
 _SKIN = {'akiec': 'actinic keratosis or intraepithelial carcinoma', 'bcc': 'basal cell carcinoma',

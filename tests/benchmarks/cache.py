@@ -29,8 +29,8 @@ def make_files(folder, n, channels):
         pixels = np.clip(128 + 45 * noise / noise.std(), 0, 255).astype(np.uint8)
         Image.fromarray(pixels[0] if channels == 1 else np.moveaxis(pixels, 0, -1)).save(folder / f'{i}.jpg', quality=90)
     files = [f'{i}.jpg' for i in range(n)]
-    return Corpus(pd.DataFrame({'id': files, 'image': files, 'text': 'Chest.', 'labels': [()] * n, 'group': '', 'split': '', 'modality': ''}),
-                  name='benchmark', root=folder)
+    frame = pd.DataFrame({'id': files, 'image': files, 'text': 'Chest.', 'labels': [()] * n, 'group': '', 'split': '', 'modality': ''})
+    return Corpus(frame, name='benchmark', root=folder)
 
 
 def epochs(corpus, cache, channels):
