@@ -61,7 +61,7 @@ def png(
         figure.savefig(out, format='png', dpi=dpi, metadata={'Software': None}, bbox_inches='tight', pad_inches=.06)
     return out.getvalue()
 
-# %% ../nbs/74_figures.ipynb #b9ac9a35
+# %% ../nbs/74_figures.ipynb #bd3030fd
 def _panels(names, columns, row_height, *, width=7.4, **options):
     "Make a grid of axes, one per name, and hide those left over."
     columns = min(columns, len(names))
@@ -74,7 +74,7 @@ def _panels(names, columns, row_height, *, width=7.4, **options):
 
 @_drawn
 def interval_panels(
-    table: pd.DataFrame, # panel, row, method, value, low, high; perhaps singles (values of single trainings), reference
+    table: pd.DataFrame, # panel, row, method, value, low, high; perhaps singles (values of trainings), reference
     *,
     xlabel: str,
     columns: int = 3, # panels side by side
@@ -82,13 +82,13 @@ def interval_panels(
     "Draw values with intervals, one panel per task and one line per method."
     rows = list(dict.fromkeys(table['row']))
     names = list(dict.fromkeys(table['panel']))
-    figure, axes, columns = _panels(names, columns, .19 * len(rows) + .75, sharex=True, sharey=True)
+    figure, axes, columns = _panels(names, columns, .19 * len(rows) + .85, sharex=True, sharey=True)
     for i, (name, ax) in enumerate(axes.items()):
         part = table[table['panel'] == name]
         for r in part.to_dict('records'): _interval(ax, len(rows) - 1 - rows.index(r['row']), r)
         if 'reference' in part and part['reference'].notna().any():
             ax.axvline(part['reference'].dropna().iloc[0], color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
-        ax.set_title(_wrap(name, 34 if columns > 1 else 80))
+        _title(ax, name, 30 if columns > 2 else 46)
         ax.set_yticks(range(len(rows)), rows[::-1])
         ax.set_ylim(-.7, len(rows) - .3)
         ax.grid(False, axis='y'); ax.tick_params(axis='y', length=0, labelleft=i % columns == 0)
@@ -109,9 +109,16 @@ def _interval(ax, y, r):
     ax.plot(r['value'], y, MARKERS.get(r['method'], 'o'), color=c, ms=5.5, mec='white', mew=.6, zorder=3)
 
 
+def _title(ax, name, width):
+    "Write the first line of a panel's name in bold, what follows a line break small below it."
+    first, _, rest = str(name).partition('\n')
+    ax.set_title(_wrap(first, width), pad=14 if rest else 6)
+    if rest: ax.annotate(rest, (0, 1), xytext=(0, 3), xycoords='axes fraction', textcoords='offset points', fontsize=7.5)
+
+
 def _wrap(text, width): return '\n'.join(textwrap.wrap(str(text), width)) or ' '
 
-# %% ../nbs/74_figures.ipynb #56d775b0
+# %% ../nbs/74_figures.ipynb #051b538b
 @_drawn
 def recall_curves(
     table: pd.DataFrame, # panel, row, method, k, value, low, high; chance has method '' and needs no interval
@@ -131,7 +138,7 @@ def recall_curves(
         ax.set_xscale('log'); ax.set_xlim(ticks[0], ticks[-1])
         ax.xaxis.set_major_locator(FixedLocator(ticks)); ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
-        ax.set_title(_wrap(name, 40)); ax.set_xlabel('k (candidates looked at)')
+        _title(ax, name, 46); ax.set_xlabel('k (candidates looked at)')
         if i % columns == 0: ax.set_ylabel('Recall@k')
     ax.set_ylim(0, min(1, 1.08 * table[['value', 'high']].max().max()))
     _legend(figure, list(axes.values())[0])

@@ -45,7 +45,7 @@ def _label(metric):
 
 def _digits(metric): return 1 if METRICS[metric].smaller_is_better else 3
 
-# %% ../nbs/75_report.ipynb #e50571c2
+# %% ../nbs/75_report.ipynb #3c6e7293
 def provenance(
     study: Study,
     table: pd.DataFrame, # rows of `results` or `differences` that are shown
@@ -74,9 +74,9 @@ def _in_order(table, baseline):
 
 def _panels(table):
     "Add the names under which a figure shows task and arm."
-    names = [f'{r.task} (n = {r.n:,}, {r.groups:,} groups)' if r.groups != r.n else f'{r.task} (n = {r.n:,})'
-             for r in table.itertuples()]
-    return table.assign(panel=names, row=table['arm'], reference=table.get('chance'))
+    sizes = [f'n = {r.n:,}' + (f', {r.groups:,} groups' if r.groups != r.n else '') for r in table.itertuples()]
+    return table.assign(panel=table['task'] + '\n' + pd.Series(sizes, table.index), row=table['arm'],
+                        reference=table.get('chance'))
 
 
 def _picture(name, figure, caption, rows, *, signed=False):
@@ -88,37 +88,14 @@ def _picture(name, figure, caption, rows, *, signed=False):
 
 def _grid(table, caption, *, signed=False):
     "Tabulate arms by tasks, value over interval."
-    tasks, frame = list(dict.fromkeys(table['task'])), {}
-    frame['arm'] = [f'`{o}`' for o in dict.fromkeys(table['arm'])]
-    cells = {(r['task'], r['arm']): in_words(r, signed=signed, digits=_digits(r['metric']), split=True)
+    tasks = list(dict.fromkeys(table['task']))
+    frame = {'arm': [f'`{o}`' for o in dict.fromkeys(table['arm'])]}
+    cells = {(r['task'], r['arm']): in_words(r, signed=signed, digits=_digits(r['metric']), split=len(tasks) > 2)
              for r in table.to_dict('records')}
     for task in tasks: frame[task] = [cells.get((task, o), '–') for o in dict.fromkeys(table['arm'])]
     return Table(pd.DataFrame(frame), caption)
 
-# %% ../nbs/75_report.ipynb #71f5bd06
-_QUESTIONS = {'zeroshot': 'Zero-shot: does naming a finding find it?', 'probe': 'Linear probe: what do frozen features hold?'}
-
-
-def _classification(study, table, baseline):
-    "One section per protocol that classifies."
-    sections = []
-    labelled = table[~table['metric'].str.startswith('recall')]
-    for protocol in dict.fromkeys(o for o in labelled['protocol'] if o not in SHORTCUTS):
-        part = labelled[labelled['protocol'] == protocol]
-        shown = labelled[(labelled['protocol'] == protocol) | labelled['protocol'].isin(SHORTCUTS)
-                         & labelled['task'].isin(part['task'])]
-        shown, blocks = _in_order(shown, baseline), _against_shortcuts(labelled, protocol, baseline)
-        for metric in dict.fromkeys(map(_label, shown['metric'])):
-            rows = shown[shown['metric'].map(_label) == metric]
-            caption = (f'{metric} per task: mean over seeds with 95 % interval, single trainings as small circles, chance '
-                       f'dashed, grey never trained. {provenance(study, part)}')
-            blocks += [_picture(f'{protocol}-{metric.lower().replace(" ", "-")}',
-                                interval_panels(_panels(rows), xlabel=metric), caption, rows),
-                       _grid(rows, f'{metric} with 95 % interval.')]
-        sections.append(Section(_QUESTIONS.get(protocol, PROTOCOLS.get(protocol, protocol).capitalize()), blocks))
-    return sections
-
-
+# %% ../nbs/75_report.ipynb #023f575a
 def _against_shortcuts(table, protocol, baseline):
     "Say on which tasks the baseline arm is above, below or not apart from the best shortcut."
     verdicts = {'above': [], 'not told apart from': [], 'below': []}
@@ -128,70 +105,116 @@ def _against_shortcuts(table, protocol, baseline):
         best = rivals.loc[rivals['value'].idxmax()]
         gap = difference(row, best)
         verdict = 'above' if gap['low'] > 0 else 'below' if gap['high'] < 0 else 'not told apart from'
-        verdicts[verdict].append(f'{row["task"]}: {in_words(row)} against {best["value"]:.3f} of `{best["arm"]}`, '
-                                 f'difference {in_words(gap, signed=True)}')
+        verdicts[verdict].append(f'`{row["task"]}` {in_words(row)} against {best["value"]:.3f} of `{best["arm"]}` '
+                                 f'(difference {in_words(gap, signed=True)})')
     name = PROTOCOLS.get(protocol, protocol).capitalize()
-    return [[f'{name}, `{baseline}` is **{verdict}** the best shortcut on {_many(len(o), "task")} — {"; ".join(o)}.'
-             for verdict, o in verdicts.items() if o]] if any(verdicts.values()) else []
+    return [f'{name}: `{baseline}` is **{verdict}** the best shortcut on {_many(len(o), "task")}: {"; ".join(o)}.'
+            for verdict, o in verdicts.items() if o]
 
-# %% ../nbs/75_report.ipynb #51c9ac3a
+
+def _times_chance(table, baseline):
+    "Say by how much the baseline arm's retrieval exceeds chance."
+    rows = table[table['metric'].str.startswith('recall') & (table['arm'] == baseline)].to_dict('records')
+    return [f'Retrieval, {_where(r)}: `{baseline}` has {METRICS[r["metric"]].label} {in_words(r)}, '
+            f'{r["value"] / r["chance"]:.1f} times chance ({r["chance"]:.3f}), over {r["n"]:,} queries.' for r in rows]
+
+
+def _gaps_in_words(gaps, baseline):
+    "Count the differences to the baseline arm whose interval excludes zero."
+    if gaps.empty: return []
+    up, down = (gaps['low'] > 0).sum(), (gaps['high'] < 0).sum()
+    return [f'Methods: of {_many(len(gaps), "difference")} to `{baseline}`, {up} {_lie(up)} above zero with the whole interval, '
+            f'{down} below, and {len(gaps) - up - down} cannot be told from zero. About {.05 * len(gaps):.1f} would exclude '
+            'zero by chance alone; the intervals are not corrected for their number.']
+
+
+def _lie(count): return 'lies' if count == 1 else 'lie'
+def _where(row): return f'`{row["task"]}`, {PROTOCOLS.get(row["protocol"], row["protocol"])}'
+
+
+def _starts(table):
+    "Select the untrained encoders with several random starts, on tasks that classify."
+    many = table['singles'].map(len) > 4
+    return table[(table['arm'] == 'untrained') & many & ~table['metric'].str.startswith('recall')]
+
+
+def _starts_in_words(table):
+    "Say what random starts score."
+    return [f'Chance, {_where(r)}: {len(r["singles"])} random starts score {min(r["singles"]):.3f} to {max(r["singles"]):.3f}; '
+            f'their mean is {in_words(r)}, which {"contains" if r["low"] <= r["chance"] <= r["high"] else "misses"} '
+            f'{r["chance"]:.3f}.' for r in _starts(table).to_dict('records')]
+
+# %% ../nbs/75_report.ipynb #3a59dcae
+_QUESTIONS = {'zeroshot': 'Zero-shot: does naming a finding find it?',
+              'probe': 'Linear probe: what do frozen features hold?'}
+
+
+def _ordered(protocols):
+    "Sort protocols as PROTOCOLS does, others behind."
+    known = list(PROTOCOLS)
+    return sorted(dict.fromkeys(protocols), key=lambda o: (known.index(o) if o in known else len(known), o))
+
+
+def _classification(study, table, baseline):
+    "One section per protocol that classifies: all arms beside the shortcuts on the same samples."
+    sections, labelled = [], table[~table['metric'].str.startswith('recall')]
+    for protocol in _ordered(o for o in labelled['protocol'] if o not in SHORTCUTS):
+        part, blocks = labelled[labelled['protocol'] == protocol], []
+        beside = labelled['protocol'].isin(SHORTCUTS) & labelled['task'].isin(part['task'])
+        shown = _in_order(labelled[(labelled['protocol'] == protocol) | beside], baseline)
+        for metric in dict.fromkeys(map(_label, shown['metric'])):
+            rows = shown[shown['metric'].map(_label) == metric].sort_values('task', kind='stable')
+            caption = (f'{metric}: mean over seeds with 95 % interval; small circles are single trainings, dashed is chance, '
+                       f'grey was never trained. {provenance(study, part)}')
+            figure = interval_panels(_panels(rows), xlabel=metric)
+            blocks += [_picture(f'{protocol}-{_file_name(metric)}', figure, caption, rows),
+                       _grid(_in_order(rows, baseline), f'{metric} with 95 % interval.')]
+        sections.append(Section(_QUESTIONS.get(protocol, PROTOCOLS.get(protocol, protocol).capitalize()), blocks))
+    return sections
+
+
+def _file_name(metric): return metric.lower().replace(' ', '-').replace('@', '-at-')
+
+
 def _retrieval(study, table, baseline):
     "The section on retrieval, if anything was retrieved."
     found = _in_order(table[table['metric'].str.startswith('recall')], baseline)
     if found.empty: return []
-    lines = [f'{r["task"]}, {PROTOCOLS.get(r["protocol"], r["protocol"])}: `{baseline}` has {METRICS[r["metric"]].label} '
-             f'{in_words(r)}, {r["value"] / r["chance"]:.1f} times chance ({r["chance"]:.3f}), over {r["n"]:,} queries.'
-             for r in found[found['arm'] == baseline].to_dict('records')]
-    curves = _in_order(found, baseline)
-    table_ = recall_table(curves)
-    caption = ('Share of queries with a right answer among the first k candidates, with 95 % intervals over queries and seeds; '
-               f'a tie counts against the model. {provenance(study, found)}')
-    blocks = [lines] if lines else []
-    if (found['method'] != '').any(): blocks.append(_picture('retrieval', recall_curves(table_), caption, found))
-    named = found.assign(task=[f'{r.task}, {PROTOCOLS.get(r.protocol, r.protocol)}' for r in found.itertuples()])
-    return [Section('Retrieval: how far down the list?', blocks + [_grid(named, 'Primary metric with 95 % interval.')])]
+    caption = ('Share of queries with a right answer among the first k candidates, with 95 % intervals over queries and '
+               f'seeds; a tie counts against the model. {provenance(study, found)}')
+    blocks = []
+    if (found['method'] != '').any():
+        blocks.append(_picture('retrieval', recall_curves(recall_table(found)), caption, found))
+    named = found.assign(task=[f'{r["task"]}, {PROTOCOLS.get(r["protocol"], r["protocol"])}' for r in found.to_dict('records')])
+    labels = _join(list(dict.fromkeys(METRICS[o].label for o in found['metric'])))
+    return [Section('Retrieval: how far down the list?', blocks + [_grid(named, f'{labels} with 95 % interval.')])]
 
 
-def _against_baseline(study, table, baseline):
+def _against_baseline(study, table, gaps, baseline):
     "The section on paired differences between arms."
-    gaps = differences(table, baseline)
     if gaps.empty: return []
-    gaps = _in_order(gaps.assign(task=[f'{r.task}, {PROTOCOLS.get(r.protocol, r.protocol)}' for r in gaps.itertuples()],
-                                 chance=0.), baseline)
-    gaps = gaps.iloc[np.argsort(gaps['task'].to_numpy(), kind='stable')]
-    up, down = gaps[gaps['low'] > 0], gaps[gaps['high'] < 0]
-    def listed(rows): return '; '.join(f'`{r["arm"]}` on {r["task"]} {in_words(r, signed=True)}' for r in rows.to_dict('records'))
-    lines = [f'Of {_many(len(gaps), "difference")} to `{baseline}`, {len(up)} have an interval above zero and {len(down)} below; '
-             f'{len(gaps) - len(up) - len(down)} include zero. About {.05 * len(gaps):.1f} would exclude it by chance alone: '
-             'the intervals are not corrected for their number.']
-    lines += [f'Above: {listed(up)}.'] if len(up) else []
-    lines += [f'Below: {listed(down)}.'] if len(down) else []
-    blocks = [lines]
+    names = [f'{r["task"]}, {PROTOCOLS.get(r["protocol"], r["protocol"])}' for r in gaps.to_dict('records')]
+    gaps, blocks = _in_order(gaps.assign(task=names, chance=0.), baseline).sort_values('task', kind='stable'), []
     for metric in dict.fromkeys(map(_label, gaps['metric'])):
         rows = gaps[gaps['metric'].map(_label) == metric]
-        caption = (f'Difference of each arm to `{baseline}` in {metric}: same samples, same resamples, paired by seed; '
-                   f'95 % interval over samples and seeds. {provenance(study, table[table["arm"].isin(rows["arm"])])}')
-        blocks.append(_picture(f'differences-{metric.lower().replace(" ", "-").replace("@", "-")}',
-                               interval_panels(_panels(rows), xlabel=f'difference in {metric}', columns=2), caption, rows,
-                               signed=True))
+        caption = (f'Difference of each arm to `{baseline}` in {metric}, on the same samples and resamples and paired by '
+                   f'seed, with 95 % interval. {provenance(study, table[table["arm"].isin(rows["arm"])])}')
+        figure = interval_panels(_panels(rows), xlabel=f'difference in {metric}', columns=2)
+        blocks.append(_picture(f'differences-{_file_name(metric)}', figure, caption, rows, signed=True))
+        blocks.append(_grid(rows, f'Difference to `{baseline}` in {metric}.', signed=True))
     return [Section(f'Differences to `{baseline}`: which are real?', blocks)]
 
-# %% ../nbs/75_report.ipynb #cb7ecd1b
+# %% ../nbs/75_report.ipynb #ff65acc2
 def _chance(study, table):
     "The section on untrained encoders, where there are several random starts."
-    starts = table[(table['arm'] == 'untrained') & (table['singles'].map(len) > 4)
-                   & ~table['metric'].str.startswith('recall')]
-    if starts.empty: return []
-    rows = starts.assign(row=[f'{r.task},\n{PROTOCOLS.get(r.protocol, r.protocol)}' for r in starts.itertuples()],
-                         reference=starts['chance'])
-    lines = [f'{r["task"]}, {PROTOCOLS.get(r["protocol"], r["protocol"])}: {len(r["singles"])} random starts range from '
-             f'{min(r["singles"]):.3f} to {max(r["singles"]):.3f}; their mean is {in_words(r)}, which '
-             f'{"contains" if r["low"] <= r["chance"] <= r["high"] else "does not contain"} {r["chance"]:.3f}.'
-             for r in starts.to_dict('records')]
+    rows = _starts(table)
+    if rows.empty: return []
+    names = [f'{r["task"]},\n{PROTOCOLS.get(r["protocol"], r["protocol"])}' for r in rows.to_dict('records')]
     caption = ('Each dot is one encoder with random weights; the bar is the 95 % interval of their mean, over samples and '
-               f'starts; dashed is a random guess. {provenance(study, starts)}')
+               f'starts; dashed is a random guess. {provenance(study, rows)}')
     label = ' / '.join(dict.fromkeys(map(_label, rows['metric'])))
-    return [Section('Chance is a distribution', [lines, _picture('chance', chance_strips(rows, xlabel=label), caption, starts)])]
+    figure = chance_strips(rows.assign(row=names, reference=rows['chance']), xlabel=label)
+    return [Section('Chance is a distribution', [_picture('chance', figure, caption, rows)])]
 
 
 def _training(study, baseline):
@@ -200,50 +223,53 @@ def _training(study, baseline):
     runs = [dict(row=arm_of[k].name, method=arm_of[k].method, arm=arm_of[k].name, history=h)
             for k, h in sorted(study.histories.items()) if arm_of[k].method and h]
     if not runs: return []
-    order = _in_order(pd.DataFrame(runs), baseline).to_dict('records')
-    last = '; '.join(f'`{r["row"]}` ends at loss {r["history"][-1]["loss"]:.3f}, accuracy {r["history"][-1]["accuracy"]:.3f}'
-                     for r in order)
-    caption = ('Left: training loss (thin) and validation loss (marks). Middle: share of pairs found within their batch. Right: '
-               f'the path through alignment and uniformity, the mark is the end. {provenance(study, pd.DataFrame())}')
-    return [Section('Training', [Picture('training', png(training_curves(order)), caption, last.replace('`', ''))])]
+    runs = _in_order(pd.DataFrame(runs), baseline).to_dict('records')
+    ends = '; '.join(f'{r["row"]} ends at loss {r["history"][-1]["loss"]:.3f}, in-batch accuracy '
+                     f'{r["history"][-1]["accuracy"]:.3f}' for r in runs)
+    caption = ('Left: training loss (thin) and validation loss (marks). Middle: share of pairs found within their batch. '
+               f'Right: path through alignment and uniformity; the mark is the end. {provenance(study, pd.DataFrame())}')
+    return [Section('Training', [Picture('training', png(training_curves(runs)), caption, ends)])]
 
 
 def _examples(study, baseline):
     "The section on saved galleries and maps, of the first run of the baseline arm or else of any."
     arm_of = arms(study.records)
-    order = sorted(study.examples, key=lambda k: (arm_of[k].name != baseline, study.records[k]['run'].get('seed', 0), k))
+    def seed(run): return study.records[run]['run'].get('seed', 0)
+    order = sorted(study.examples, key=lambda k: (arm_of[k].name != baseline, seed(k), k))
     if not order: return []
-    saved, record, blocks = read_examples(study.examples[order[0]]), study.records[order[0]], []
-    where = (f'Run `{order[0]}` (`{arm_of[order[0]].name}`, seed {record["run"].get("seed", 0)}, '
-             f'{record.get("source", "unknown")}, {record.get("device", "unknown")}). {saved["credit"]}')
+    run, saved, blocks = order[0], read_examples(study.examples[order[0]]), []
+    record = study.records[run]
+    where = (f'Run `{run}` (`{arm_of[run].name}`, seed {seed(run)}). Source: {record.get("source", "unknown")}. Device: '
+             f'{record.get("device", "unknown")}. {saved["credit"]}')
     if 'gallery' in saved:
-        hits, figure = saved['gallery']['hits'], gallery(**saved['gallery'])
-        caption = (f'The nearest {hits.shape[1]} images of {_many(len(hits), "sentence")}; framed and ticked: a right answer. '
-                   f'The sentences were not chosen by their result. {where}')
-        blocks.append(Picture('gallery', png(figure), caption, f'{hits.sum()} of {hits.size} retrieved images are right'))
+        hits = saved['gallery']['hits']
+        caption = f'The {hits.shape[1]} nearest images of each sentence; a right answer is framed and ticked. {where}'
+        alt = f'{hits.sum()} of {hits.size} retrieved images are right'
+        blocks.append(Picture('gallery', png(gallery(**saved['gallery'])), caption, alt))
     if 'maps' in saved:
-        m = saved['maps']
-        figure = similarity_maps(**m)
-        caption = ('Above: image with the outline of the finding. Below: cosine of the sentence with each patch, light where it '
-                   f'is high, scaled per picture. {where}')
-        blocks.append(Picture('maps', png(figure), caption, '; '.join(map(str, m['text']))))
+        caption = ('Above: the image, with the outline of the finding. Below: cosine of the sentence with each patch, light '
+                   f'where it is high, scaled per picture. {where}')
+        alt = '; '.join(map(str, saved['maps']['text']))
+        blocks.append(Picture('maps', png(similarity_maps(**saved['maps'])), caption, alt))
     return [Section('Examples', blocks)] if blocks else []
 
-# %% ../nbs/75_report.ipynb #738108f0
+# %% ../nbs/75_report.ipynb #27f5c412
 def _spread(table):
-    "The table that separates sampling from training noise, and the list of what to be careful about."
-    several = table[table['seed_sd'].notna()]
-    blocks = [] if several.empty else [
-        'An interval over seeds has two parts: another test set would move all seeds together (sampling), another training moves '
-        'each on its own (seed). The second is estimated as the variance of the values over seeds, less the sampling variance of '
-        'a single seed around their common movement; with two or three seeds it is known only roughly.',
-        Table(pd.DataFrame({
-            'task': several['task'], 'protocol': [PROTOCOLS.get(o, o) for o in several['protocol']],
-            'arm': [f'`{o}`' for o in several['arm']], 'trainings': several['singles'].map(len).astype(str),
-            'sd from sampling': several['sampling_sd'].map('{:.4f}'.format),
-            'sd from the seed': several['seed_sd'].map('{:.4f}'.format)}), 'Standard deviations of the primary metric.')]
-    lines = sorted({f'{r["task"]}: {o}.' for r in table.to_dict('records') for o in r['cautions']})
-    return [Section('How sure are these numbers?', blocks + ([lines] if lines else []))] if blocks or lines else []
+    "The section that separates sampling from training noise, and lists what is small."
+    several, blocks = table[table['training'].notna()], []
+    if len(several): blocks = [
+        'An interval over seeds has two parts. Another test set would move all seeds together (sampling); another training '
+        'moves each on its own (seed). The second is the variance of the values over seeds, less the sampling noise of a '
+        'single seed, averaged over the trained arms, because two or three seeds of one arm hardly know their spread.']
+    rows = [{'task': task, 'protocol': PROTOCOLS.get(protocol, protocol), 'metric': METRICS[part['metric'].iloc[0]].label,
+             'sd from sampling': f'{part["sampling_sd"].mean():.4f}', 'sd from the seed': f'{part["seed_sd"].mean():.4f}',
+             'degrees of freedom': str(part['training'].iloc[0][1])}
+            for (task, protocol), part in several.groupby(['task', 'protocol'], sort=False)]
+    if rows: blocks.append(Table(pd.DataFrame(rows), 'Standard deviations: of the mean over seeds from another test set '
+                                 '(average over arms), and of one training from its seed.'))
+    small = sorted({f'`{r["task"]}`: {o}.' for r in table.to_dict('records') for o in r['cautions']})
+    blocks += [small] if small else []
+    return [Section('How sure are these numbers?', blocks)] if blocks else []
 
 
 def _left_out(study):
@@ -257,14 +283,17 @@ def _left_out(study):
 
 
 def _runs(study):
-    "The table of runs."
+    "The table of runs; what all have in common moves to the caption."
     arm_of, rows = arms(study.records), []
     for k, o in sorted(study.records.items(), key=lambda p: (arm_of[p[0]].name, p[1]['run'].get('seed', 0))):
         rows.append({'run': f'`{k}`', 'arm': f'`{arm_of[k].name}`', 'seed': o['run'].get('seed', 0),
-                     'source': o.get('source', '–'), 'device': o.get('device', '–'), 'minutes': f'{o.get("seconds", 0) / 60:.1f}',
-                     'peak MB': f'{o.get("peak_mb") or 0:,.0f}', 'code': f'`{o.get("code", "–")}`',
+                     'minutes': f'{o.get("seconds", 0) / 60:.1f}', 'peak MB': f'{o.get("peak_mb") or 0:,.0f}',
+                     'source': o.get('source', '–'), 'device': o.get('device', '–'), 'code': f'`{o.get("code", "–")}`',
                      'revision': f'`{o.get("revision", "–")}`'})
-    return [Section('Runs', [Table(pd.DataFrame(rows), 'All runs of this study.')])]
+    table = pd.DataFrame(rows)
+    same = [o for o in ('source', 'device', 'code', 'revision') if table[o].nunique() == 1]
+    common = '; '.join(f'{o} {table[o].iloc[0]}' for o in same)
+    return [Section('Runs', [Table(table.drop(columns=same), f'All runs{": " + common if common else ""}.')])]
 
 
 _HOW = [
@@ -273,11 +302,12 @@ _HOW = [
     'resamples. BCa where the scarcest class has at least 30 groups, a t interval on the log-odds below that, Wilson for shares '
     'near 0 or 1. Over seeds: the mean with both sources of spread.',
     'In retrieval, queries are resampled and the candidates stay.',
+    'The values of the single runs, all metrics included, are in `numbers.csv`. To recompute a run:',
     Code("from medcl_study.predictions import read_predictions, score\n"
          "frame = read_predictions('predictions/….parquet')\n"
          "score(frame[frame['run'] == '…'])")]
 
-# %% ../nbs/75_report.ipynb #eb978e78
+# %% ../nbs/75_report.ipynb #1c93d79c
 def build_report(
     study: Study,
     *,
@@ -289,10 +319,15 @@ def build_report(
     table = results(study, resamples=resamples)
     trained = _in_order(table[table['method'] != ''], baseline)
     if len(trained) and baseline not in set(trained['arm']): baseline = trained['arm'].iloc[0]
-    sections = (_classification(study, table, baseline) + _retrieval(study, table, baseline)
-                + _against_baseline(study, table, baseline) + _chance(study, table) + _training(study, baseline)
-                + _examples(study, baseline) + _spread(table) + _runs(study))
+    gaps = differences(table, baseline)
+    short = [o for p in _ordered(table['protocol']) if p not in SHORTCUTS for o in _against_shortcuts(table, p, baseline)]
+    short += _times_chance(table, baseline) + _gaps_in_words(gaps, baseline) + _starts_in_words(table)
+    sections = [Section('In short', [short])] if short else []
+    sections += (_classification(study, table, baseline) + _retrieval(study, table, baseline)
+                 + _against_baseline(study, table, gaps, baseline) + _chance(study, table) + _training(study, baseline)
+                 + _examples(study, baseline) + _spread(table))
     if left_out := _left_out(study): sections.append(Section('Left out of averages', [left_out]))
+    sections += _runs(study)
     sections.append(Section('How the numbers are made', _HOW))
     names = list(dict.fromkeys(_in_order(table[~table['arm'].isin(SHORTCUTS)], baseline)['arm']))
     tasks = list(dict.fromkeys(table['task']))

@@ -94,7 +94,7 @@ def arms(
         named[run] = Arm(' '.join([method] + [f'{k}={settings[k]}' for k in sorted(differ)]), method)
     return named
 
-# %% ../nbs/72_results.ipynb #44d60f65
+# %% ../nbs/72_results.ipynb #8056ad7f
 @dataclass(frozen=True)
 class Single:
     "One training (or one random start) on one task: its predictions and estimate."
@@ -120,7 +120,8 @@ def results(
             frame.attrs = study.predictions.attrs
             by_arm.setdefault(arm, []).append(Single(run, study.records[run]['run'].get('seed', 0), frame,
                                                      measure(frame, resamples=resamples)))
-        rows += [_result(tasks[name], protocol, arm, singles) for arm, singles in by_arm.items()]
+        pooled = _pooled([o for arm, o in by_arm.items() if arm.method])
+        rows += [_result(tasks[name], protocol, arm, o, pooled if arm.method else None) for arm, o in by_arm.items()]
     table = pd.DataFrame(rows)
     table.attrs['notes'] = notes
     return table
@@ -136,21 +137,34 @@ def _same_test_set(frames, task, protocol, notes):
     return {key: o for key, o in frames.items() if ids[key] == most}
 
 
-def _result(task, protocol, arm, singles):
+def _pooled(arms_):
+    "Average the seed variance over arms with several trainings: (variance, degrees of freedom), or None."
+    several = [o for o in arms_ if len(o) > 1]
+    if not several: return None
+    freedom = [len(o) - 1 for o in several]
+    variances = [stats.seed_variance(*_values_and_replicates(o)) for o in several]
+    return float(np.average(variances, weights=freedom)), sum(freedom)
+
+
+def _values_and_replicates(singles):
+    return np.array([o.estimate.value for o in singles]), np.stack([o.estimate.replicates for o in singles])
+
+
+def _result(task, protocol, arm, singles, training):
     "Combine the trainings of one arm."
     first = singles[0].estimate
     targets = stacked(singles[0].frame.sort_values('id')['target']).astype(int)
     targets = targets[:, 0] if task.kind in ('binary', 'multiclass') else targets
     row = dict(task=task.name, protocol=protocol, arm=arm.name, method=arm.method, metric=task.metric, parts=singles,
                chance=METRICS[task.metric].chance(targets, len(task.classes)), n=first.n, groups=first.groups,
-               singles=[o.estimate.value for o in singles], cautions=first.cautions, sampling_sd=np.nan, seed_sd=np.nan)
-    if len(singles) == 1: return row | dict(value=first.value, low=first.low, high=first.high)
+               singles=[o.estimate.value for o in singles], cautions=first.cautions, training=training,
+               sampling_sd=np.nan, seed_sd=np.nan)
+    if len(singles) == 1 and training is None: return row | dict(value=first.value, low=first.low, high=first.high)
     bounds = (1, np.inf) if METRICS[task.metric].smaller_is_better else (0, 1)
-    replicates = [o.estimate.replicates for o in singles]
-    mean = stats.mean_over_seeds(row['singles'], replicates, groups=first.groups, bounds=bounds)
+    mean = stats.mean_over_seeds(*_values_and_replicates(singles), groups=first.groups, training=training, bounds=bounds)
     return row | {o: getattr(mean, o) for o in ('value', 'low', 'high', 'sampling_sd', 'seed_sd')}
 
-# %% ../nbs/72_results.ipynb #89ccd250
+# %% ../nbs/72_results.ipynb #cbe76e5b
 def differences(
     table: pd.DataFrame, # of `results`
     baseline: str, # name of the arm that is subtracted
@@ -168,23 +182,25 @@ def difference(
     row, # of `results`
     base, # another row of the same task
 ) -> dict: # task, protocol, arm, method, metric, n, groups, value, low, high, singles
-    "Estimate row − base over the trainings that share a seed; a base of one training is subtracted from each."
+    "Estimate row − base over trainings that share a seed (or from the only base); their seed variances add up."
     ours, theirs = ({o.seed: o for o in side['parts']} for side in (row, base))
     pairs = [(ours[s], theirs[s]) for s in sorted(set(ours) & set(theirs))]
     if len(base['parts']) == 1 or not pairs: pairs = [(o, base['parts'][0]) for o in row['parts']]
     values = [a.estimate.value - b.estimate.value for a, b in pairs]
     new = {k: row[k] for k in ('task', 'protocol', 'arm', 'method', 'metric', 'n', 'groups')} | dict(singles=values)
-    if len(pairs) == 1:
+    both = [o['training'] for o in (row, base) if o['training']]
+    if len(pairs) == 1 and not both:
         one = compare(pairs[0][0].frame, pairs[0][1].frame)
         return new | {k: one[k] for k in _THREE}
     replicates = [a.estimate.replicates - b.estimate.replicates for a, b in pairs]
-    mean = stats.mean_over_seeds(values, replicates, groups=row['groups'])
+    training = (sum(o[0] for o in both), min(o[1] for o in both)) if both else None
+    mean = stats.mean_over_seeds(values, replicates, groups=row['groups'], training=training)
     return new | {k: getattr(mean, k) for k in _THREE}
 
 
 _THREE = ('value', 'low', 'high')
 
-# %% ../nbs/72_results.ipynb #a8fb49a3
+# %% ../nbs/72_results.ipynb #c4b1074a
 _KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -197,26 +213,29 @@ def recall_table(
     rows = []
     found = table[table['metric'].str.startswith('recall')]
     for (task, protocol), part in found.groupby(['task', 'protocol'], sort=False):
-        panel = f'{task}: {PROTOCOLS.get(protocol, protocol)}'
+        panel, trained = f'{task}: {PROTOCOLS.get(protocol, protocol)}', part[part['method'] != '']
         counts = stacked(part.iloc[0]['parts'][0].frame['target'])
         ks = [k for k in _KS if k < counts[:, 1].max()]
+        curves = [_curves(o, ks, resamples) for o in trained['parts']]
+        for i, k in enumerate(ks):
+            at_k = [(values[:, i], replicates[:, :, i]) for values, replicates in curves]
+            several = [o for o in at_k if len(o[0]) > 1]
+            freedom = [len(o[0]) - 1 for o in several]
+            variance = np.average([stats.seed_variance(*o) for o in several], weights=freedom) if several else 0
+            for arm, one in zip(trained.to_dict('records'), at_k):
+                mean = stats.mean_over_seeds(*one, groups=arm['groups'], bounds=(0, 1),
+                                             training=(variance, sum(freedom)) if several else None)
+                rows.append(dict(panel=panel, row=arm['arm'], method=arm['method'], k=k) | {o: getattr(mean, o) for o in _THREE})
         rows += [dict(panel=panel, row='chance', method='', k=k, value=chance_recall(counts, k)) for k in ks]
-        for _, arm in part[part['method'] != ''].iterrows():
-            rows += [dict(panel=panel, row=arm['arm'], method=arm['method'], k=k, **o)
-                     for k, o in zip(ks, _recalls(arm, ks, resamples))]
     return pd.DataFrame(rows)
 
 
-def _recalls(arm, ks, resamples):
-    "Return the mean Recall@k over trainings with its interval, for each k."
-    frames = [o.frame.sort_values('id') for o in arm['parts']]
+def _curves(singles, ks, resamples):
+    "Recall at each k of every training (seeds, k), and on every resample (seeds, b, k)."
+    frames = [o.frame.sort_values('id') for o in singles]
     draws = stats.resample(frames[0]['group'], resamples=resamples)
-    hits = [stacked(o['scores']) <= np.array(ks) for o in frames]
-    replicates = [stats.replicate(lambda w, h=h: w @ h / w.sum(-1, keepdims=True), draws) for h in hits]
-    for i in range(len(ks)):
-        mean = stats.mean_over_seeds([h[:, i].mean() for h in hits], [r[:, i] for r in replicates],
-                                     groups=arm['groups'], bounds=(0, 1))
-        yield {k: getattr(mean, k) for k in _THREE}
+    hits = np.stack([stacked(o['scores']) <= np.array(ks) for o in frames])
+    return hits.mean(1), np.stack([stats.replicate(lambda w: w @ h / w.sum(-1, keepdims=True), draws) for h in hits])
 
 # %% ../nbs/72_results.ipynb #86a0ad55
 EXAMPLES = {'gallery': ('gallery_text', 'gallery_truth', 'gallery_found', 'gallery_hits'),

@@ -1,4 +1,4 @@
-"""Evaluation against explicit loops, closed forms, ties, permutations, kills: what a number may not depend on, and what it must."""
+"""Evaluation against loops, closed forms, ties, permutations and kills: what a number may depend on, and what not."""
 import itertools
 import os
 import signal
@@ -29,7 +29,7 @@ from medcl_study.evaluation.probe import PENALTIES, fit_probe, linear_probe, pro
 from medcl_study.evaluation.retrieval import TIE, best_ranks, retrieval
 from medcl_study.evaluation.zeroshot import class_scores, zero_shot
 from medcl_study.metrics import METRICS, chance_recall
-from medcl_study.predictions import Task, read_predictions, score, stacked, write_predictions
+from medcl_study.predictions import Task, concat_predictions, read_predictions, score, stacked, write_predictions
 
 Encoded = namedtuple('Encoded', 'global_ pooled patches words word_mask')
 WORDS = ('nodule', 'mass', 'effusion', 'edema', 'fracture', 'hernia', 'normal', 'scar', 'tube')
@@ -56,7 +56,7 @@ class Toy(torch.nn.Module):
     def encode_text(self, texts, words=False):
         found = [[WORDS.index(o) for o in WORDS if o in t.lower()] or [0] for t in texts]
         each = torch.zeros(len(texts), max(map(len, found)), 9)
-        for i, (t, row) in enumerate(zip(texts, found)): each[i, range(len(row)), row] = -1. if t.startswith('no ') else 1.
+        for i, (t, row) in enumerate(zip(texts, found)): each[i, range(len(row)), row] = 1. - 2. * t.startswith('no ')
         return self._encoded(each, each.abs().sum(-1) > 0)
 
 
@@ -97,7 +97,8 @@ def test_features_do_not_depend_on_batch_chunk_or_order():
         for name in plain: np.testing.assert_allclose(store.images(corpus)[name], plain[name], atol=1e-6)
         np.testing.assert_allclose(store.images(corpus.select(order))['pooled'], plain['pooled'][order], atol=1e-6)
         texts = list(corpus.frame.text)
-        np.testing.assert_array_equal(store.texts(texts)['global_'][order], store.texts([texts[i] for i in order])['global_'])
+        moved = store.texts([texts[i] for i in order])['global_']
+        np.testing.assert_array_equal(store.texts(texts)['global_'][order], moved)
 
 
 def test_token_features_are_padded_to_the_longest_text():
@@ -179,7 +180,8 @@ def test_damaged_chunk_is_named(tmp_path):
     path.write_bytes((path.parent/'0000016-0000020.safetensors').read_bytes())
     with pytest.raises(DataError, match=f'{path.name}: expected 8 rows.*Delete'): store.images(corpus_of(20))
     path.unlink()
-    np.testing.assert_array_equal(store.images(corpus_of(20))['global_'], FeatureStore(Toy()).images(corpus_of(20))['global_'])
+    want = FeatureStore(Toy()).images(corpus_of(20))['global_']
+    np.testing.assert_array_equal(store.images(corpus_of(20))['global_'], want)
 
 
 SLOW = """
@@ -198,7 +200,8 @@ zero_shot(FeatureStore(Toy(), {folder!r}, chunk=16), corpus_of(160), MANY, PROMP
 
 def test_killed_evaluation_resumes_and_agrees(tmp_path):
     code = SLOW.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}) as process:
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, env=env) as process:
         for _ in range(4): assert process.stdout.readline() == 'chunk\n'
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -236,13 +239,14 @@ def test_encoder_hash_needs_something_to_hash(tmp_path):
     assert FeatureStore(Bare()).images(corpus_of(5))['pooled'].shape == (5, 9)
     with pytest.raises(TypeError, match='Bare is no torch module'): FeatureStore(Bare(), tmp_path).images(corpus_of(5))
     Bare.hash = lambda self: 'abc'
-    assert encoder_hash(Bare()) == 'abc' and FeatureStore(Bare(), tmp_path).images(corpus_of(5))['global_'].shape == (5, 9)
+    assert encoder_hash(Bare()) == 'abc'
+    assert FeatureStore(Bare(), tmp_path).images(corpus_of(5))['global_'].shape == (5, 9)
 
 
 # Zero-shot
 
 def late(image, text):
-    "Late interaction as FILIP scores it: mean over words of the best patch, and over patches of the best word, averaged."
+    "Average the mean over words of the best patch and the mean over patches of the best word, as FILIP does."
     s = np.einsum('npd,mtd->nmpt', image['patches'].astype(np.float64), text['words'].astype(np.float64))
     mask = text['word_mask'][None, :, None, :]
     to_text = np.where(mask, s, -np.inf).max(3).mean(2)
@@ -295,7 +299,8 @@ def test_zero_shot_is_a_function_of_the_image(scorer):
     np.testing.assert_allclose(stacked(part['scores']), stacked(whole['scores'])[rows], atol=1e-6)
     turned = PromptSet(PROMPTS.templates[::-1], PROMPTS.negatives[::-1])
     assert_same(zero_shot(encoder, corpus, MANY, turned, scorer=scorer), whole)
-    image, text = FeatureStore(encoder).images(corpus, scorer.image), FeatureStore(encoder).texts(list(WORDS), scorer.text)
+    store = FeatureStore(encoder)
+    image, text = store.images(corpus, scorer.image), store.texts(list(WORDS), scorer.text)
     blocks = [class_scores(image, text, [0, 1, 2, 3, 4, 4, 4, 5, 6], scorer=scorer, chunk=o) for o in (1, 13, 90, 1000)]
     for block in blocks[1:]: np.testing.assert_allclose(block, blocks[0], atol=1e-12)
 
@@ -328,7 +333,8 @@ def test_a_constant_model_scores_chance_everywhere(tmp_path):
 
 def test_binary_zero_shot_reads_the_positive_class():
     corpus = corpus_of(200, noise=.3, classes=('mass', 'nodule'), one=True)
-    one, other = (zero_shot(Toy(), corpus, Task('t', 'binary', o), PROMPTS) for o in (('mass', 'nodule'), ('nodule', 'mass')))
+    tasks = [Task('t', 'binary', o) for o in (('mass', 'nodule'), ('nodule', 'mass'))]
+    one, other = (zero_shot(Toy(), corpus, o, PROMPTS) for o in tasks)
     np.testing.assert_array_equal(stacked(one['scores']), stacked(other['scores'])[:, ::-1])
     np.testing.assert_array_equal(stacked(one['target']), 1 - stacked(other['target']))
     auroc = METRICS['auroc'].function
@@ -346,7 +352,8 @@ def test_unlabelled_rows_are_left_out_and_named_rows_refused():
     with pytest.raises(DataError, match='none: no row is labelled'): zero_shot(Toy(), none, ONE, PROMPTS)
     labels[2] = ()
     bad = Corpus(corpus.frame.assign(labels=labels), name='bad', classes=corpus.classes, pixels=corpus.pixels)
-    with pytest.raises(DataError, match=r'bad, row toy2: 0 of the classes .* expected exactly one \(1 such rows\)'): labelled(bad, ONE)
+    with pytest.raises(DataError, match=r'bad, row toy2: 0 of the classes .* exactly one \(1 such rows'):
+        labelled(bad, ONE)
 
 
 # Probe
@@ -364,13 +371,15 @@ def rows_of(n, d, classes, name, signal=1.):
 def test_probe_is_scikit_learns(classes, penalty):
     (x, y), (x_test, y_test) = rows_of(300, 20, classes, 'train'), rows_of(100, 20, classes, 'test')
     probe = fit_probe(x, y, x_test, y_test, classes=classes, penalties=(penalty,))
-    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (penalty * 300), tol=1e-9, max_iter=10_000)).fit(x, y)
+    exact = LogisticRegression(C=1 / (penalty * 300), tol=1e-9, max_iter=10_000)
+    oracle = make_pipeline(StandardScaler(), exact).fit(x, y)
     np.testing.assert_allclose(np.exp(probe.scores(x_test)), oracle.predict_proba(x_test), atol=5e-3)
     assert probe.loss(x_test, y_test) == pytest.approx(log_loss(y_test, oracle.predict_proba(x_test)), rel=5e-3)
     many = np.eye(classes, dtype=int)[y]
     probe = fit_probe(x, many, x_test, np.eye(classes, dtype=int)[y_test], classes=classes, penalties=(penalty,))
     for c in range(classes):
-        np.testing.assert_allclose(probe.scores(x_test)[:, c], oracle.fit(x, many[:, c]).decision_function(x_test), atol=.05)
+        want = oracle.fit(x, many[:, c]).decision_function(x_test)
+        np.testing.assert_allclose(probe.scores(x_test)[:, c], want, atol=.05)
     losses = [log_loss(np.eye(classes)[y_test][:, c], expit(probe.scores(x_test)[:, c])) for c in range(classes)]
     assert probe.loss(x_test, np.eye(classes, dtype=int)[y_test]) == pytest.approx(sum(losses))
 
@@ -431,7 +440,8 @@ def rank_by_sorting(scores, positives):
 
 
 def ranks(scores, positives, **kwargs):
-    return best_ranks(lambda q, c: scores[q, c], positives, queries=len(scores), candidates=scores.shape[1], **kwargs).tolist()
+    n, m = scores.shape
+    return best_ranks(lambda q, c: scores[q, c], positives, queries=n, candidates=m, **kwargs).tolist()
 
 
 @settings(max_examples=150, deadline=None)
@@ -439,7 +449,8 @@ def ranks(scores, positives, **kwargs):
 def test_ranks_equal_sorting(data):
     "Few distinct scores, so that most of them tie; any number of positives; any block size; any order."
     q, c = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9))
-    scores = np.array(data.draw(st.lists(st.lists(st.sampled_from([-.5, 0., .25, .5]), min_size=c, max_size=c), min_size=q, max_size=q)))
+    flat = st.lists(st.sampled_from([-.5, 0., .25, .5]), min_size=q * c, max_size=q * c)
+    scores = np.array(data.draw(flat)).reshape(q, c)
     positives = [(i, j) for i in range(q) for j in data.draw(st.sets(st.integers(0, c - 1), min_size=1))]
     want = rank_by_sorting(scores, positives)
     assert ranks(scores, positives, chunk=data.draw(st.integers(1, 10))) == want
@@ -460,15 +471,17 @@ def test_known_matrices():
     assert ranks(np.zeros((5, 5)), both) == [4] * 5
     near = np.array([[.5, .5 + TIE / 2, .5 - TIE / 2, .5 - 2 * TIE, .5 + 2 * TIE]])
     assert ranks(near, [(0, 0)]) == [4]
-    with pytest.raises(ValueError, match='2 queries have no positive, first query 1'): ranks(eye, [(0, 0), (2, 1), (4, 4)])
-    with pytest.raises(ValueError, match='queries 4–4 and candidates 2–3 is NaN'):
+    with pytest.raises(ValueError, match='2 queries have no positive, first query 1'):
+        ranks(eye, [(0, 0), (2, 1), (4, 4)])
+    with pytest.raises(ValueError, match='queries 4–4, candidates 2–3: a score is NaN'):
         ranks(np.where(np.arange(25).reshape(5, 5) == 23, np.nan, eye), first, chunk=2)
 
 
 def test_random_scores_give_chance_and_the_last_recall_is_one():
     n, m = 600, 50
     found = np.array([ranks(generator('luck', i).random((n, m)), [(q, q % m) for q in range(n)]) for i in range(5)])
-    for k in (1, 5, 10, 25): assert (found <= k).mean() == pytest.approx(k / m, abs=4 * (k / m * (1 - k / m) / found.size)**.5)
+    for k in (1, 5, 10, 25):
+        assert (found <= k).mean() == pytest.approx(k / m, abs=4 * (k / m * (1 - k / m) / found.size)**.5)
     assert (found <= m).all()
     positives = [(q, c) for q in range(n) for c in range(1 + q % 4)]
     target = np.stack([np.bincount([q for q, _ in positives]), np.full(n, m)], 1)
@@ -508,7 +521,8 @@ def test_retrieval_equals_loops(scorer):
 def test_retrieval_ignores_order_batch_and_block(tmp_path):
     encoder, corpus = Toy(noise=.2), corpus_of(150)
     want = retrieval(encoder, corpus, PAIRS)
-    for store, chunk in ((FeatureStore(encoder, batch_size=1), 1024), (FeatureStore(encoder, tmp_path, chunk=11), 7), (encoder, 64)):
+    single, kept = FeatureStore(encoder, batch_size=1), FeatureStore(encoder, tmp_path, chunk=11)
+    for store, chunk in ((single, 1024), (kept, 7), (encoder, 64)):
         assert_same(retrieval(store, corpus, PAIRS, chunk=chunk), want, 0)
     order = generator('order').permutation(150)
     mixed = retrieval(encoder, corpus.select(order), PAIRS)
@@ -519,8 +533,8 @@ def test_retrieval_ignores_order_batch_and_block(tmp_path):
 
 
 def test_same_text_and_same_file_are_one():
-    frame = pd.DataFrame({'id': list('abcd'), 'image': ['1.png', '1.png', '2.png', '3.png'], 'labels': [None] * 4, 'split': '',
-                          'text': ['Nodule.', 'mass', ' nodule', 'edema'], 'group': '', 'modality': ''})
+    frame = pd.DataFrame({'id': list('abcd'), 'image': [f'{i}.png' for i in (1, 1, 2, 3)], 'labels': [None] * 4,
+                          'split': '', 'text': ['Nodule.', 'mass', ' nodule', 'edema'], 'group': '', 'modality': ''})
     pixels = np.full((4, 3, 3), 127, np.uint8)
     for i, j in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 3)): pixels[i].flat[j] = 250
     found = by_id(retrieval(Toy(), Corpus(frame, name='files', root=Path('.')), PAIRS, images=pixels))
@@ -548,13 +562,14 @@ def test_shortcuts_are_reproducible_and_blind_ones_are_chance():
     several = {o: corpus_of(n, name=o) for o, n in (('train', 200), ('valid', 50), ('test', 90))}
     many = shortcuts(MANY, several)
     assert stacked(many['scores']).shape == (4 * 90, 4)
-    np.testing.assert_allclose(stacked(many['scores'])[90:180], np.tile(several['train'].targets().mean(0), (90, 1)), atol=1e-6)
+    share = several['train'].targets().mean(0)
+    np.testing.assert_allclose(stacked(many['scores'])[90:180], np.tile(share, (90, 1)), atol=1e-6)
 
 
 def test_shortcut_views_do_not_depend_on_blocks():
     pixels = generator('views').integers(0, 256, (50, 40, 30, 3)).astype(np.uint8)
     whole = shortcut_views(pixels)
-    for name, value in shortcut_views(pixels, chunk=7).items(): np.testing.assert_allclose(value, whole[name], rtol=1e-5)
+    for name, o in shortcut_views(pixels, chunk=7).items(): np.testing.assert_allclose(o, whole[name], rtol=1e-5)
     np.testing.assert_allclose(whole['mean_colour'], pixels.mean((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(shortcut_views(pixels[:, :24, :24], side=24)['pixels'],
                                (pixels[:, :24, :24] @ np.array([.299, .587, .114])).reshape(50, -1), rtol=1e-4)
@@ -573,7 +588,8 @@ def test_random_initialisations_average_to_chance():
     before = torch.get_rng_state()
     frame = untrained(Random, lambda o: zero_shot(o, corpus, MANY, PROMPTS), draws=30)
     assert torch.equal(before, torch.get_rng_state())
-    areas = np.array([METRICS['macro_auroc'].function(stacked(o['scores']), stacked(o['target'])) for _, o in frame.groupby('draw')])
+    auroc = METRICS['macro_auroc'].function
+    areas = np.array([auroc(stacked(o['scores']), stacked(o['target'])) for _, o in frame.groupby('draw')])
     assert abs(areas.mean() - .5) < 3 * areas.std(ddof=1) / 30**.5
     assert areas.std() > .03
     torch.manual_seed(99)
@@ -582,10 +598,10 @@ def test_random_initialisations_average_to_chance():
 
 
 def test_every_number_comes_from_the_file(tmp_path):
-    from medcl_study.predictions import concat_predictions
     splits = {o: corpus_of(n, name=o) for o, n in (('train', 150), ('valid', 60), ('test', 100))}
-    frame = concat_predictions([zero_shot(Toy(), splits['test'], MANY, PROMPTS, prompt_set='toy'), linear_probe(Toy(), MANY, splits),
-                                retrieval(Toy(), splits['test'], PAIRS), shortcuts(MANY, splits)]).assign(run='r')
+    frames = [zero_shot(Toy(), splits['test'], MANY, PROMPTS, prompt_set='toy'), linear_probe(Toy(), MANY, splits),
+              retrieval(Toy(), splits['test'], PAIRS), shortcuts(MANY, splits)]
+    frame = concat_predictions(frames).assign(run='r')
     write_predictions(tmp_path/'p.parquet', frame)
     numbers = score(read_predictions(tmp_path/'p.parquet'), resamples=200)
     for key in ('findings/zeroshot/macro_auroc/toy', 'findings/probe/macro_auroc', 'pairs/image_to_text/recall_at_10'):
@@ -599,15 +615,18 @@ def test_dual_encoder_passes_through_every_protocol(tmp_path):
     from medcl_study.data.text import Tokenizer
     from medcl_study.encoders.dual import DualEncoder, EncoderConfig
     small = corpus_of(40)
-    big = Corpus(small.frame, name='big', classes=small.classes, pixels=np.repeat(np.repeat(small.pixels, 11, 1), 11, 2)[:, :32, :32])
+    pixels = np.repeat(np.repeat(small.pixels, 11, 1), 11, 2)[:, :32, :32]
+    big = Corpus(small.frame, name='big', classes=small.classes, pixels=pixels)
     tokenizer = Tokenizer.train(list(small.frame['text']), vocab_size=120, max_tokens=24)
     torch.manual_seed(0)
-    encoder = DualEncoder(EncoderConfig(image_tower='vit_tiny_p8', text_tower='bert_tiny', image_size=32, channels=1, dim=16,
-                                        vocab_size=tokenizer.vocab_size, max_tokens=24), tokenizer=tokenizer).train()
+    config = EncoderConfig(image_tower='vit_tiny_p8', text_tower='bert_tiny', image_size=32, channels=1, dim=16,
+                           vocab_size=tokenizer.vocab_size, max_tokens=24)
+    encoder = DualEncoder(config, tokenizer=tokenizer).train()
     store = FeatureStore(encoder, tmp_path, batch_size=16, chunk=16)
-    first = [zero_shot(store, big, MANY, PROMPTS), retrieval(store, big, PAIRS), zero_shot(store, big, MANY, PROMPTS, scorer=LATE)]
-    again = [zero_shot(store, big, MANY, PROMPTS), retrieval(store, big, PAIRS), zero_shot(store, big, MANY, PROMPTS, scorer=LATE)]
+    first, again = ([zero_shot(store, big, MANY, PROMPTS), retrieval(store, big, PAIRS),
+                     zero_shot(store, big, MANY, PROMPTS, scorer=LATE)] for _ in range(2))
     for a, b in zip(first, again): assert_same(a, b, 0)
     assert encoder.training and np.abs(stacked(first[0]['scores']) - stacked(first[2]['scores'])).max() > 1e-3
-    splits = {o: Corpus(big.frame.assign(group=o), name=o, classes=big.classes, pixels=big.pixels) for o in ('train', 'valid', 'test')}
+    splits = {o: Corpus(big.frame.assign(group=o), name=o, classes=big.classes, pixels=pixels)
+              for o in ('train', 'valid', 'test')}
     assert stacked(linear_probe(store, MANY, splits)['scores']).shape == (40, 4)

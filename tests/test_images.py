@@ -545,6 +545,8 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(kind, channels):
     else:
         for other in (dict(seed=4, epoch=2), dict(seed=3, epoch=3)):
             assert not torch.equal(a, augment(images, index=range(6), kind=kind, **other))
+        alike = augment(images[:1].expand(6, -1, -1, -1), seed=3, epoch=2, index=range(6), kind=kind)
+        assert len({bytes(o.numpy()) for o in alike}) > 3, 'each index has its own change'
 
 
 @pytest.mark.parametrize('kind', [o for o in AUGMENTATIONS if not AUGMENTATIONS[o].flips])

@@ -94,7 +94,7 @@ def projection(
     if name not in HEADS: raise ValueError(f"head '{name}': expected one of {', '.join(HEADS)}")
     return HEADS[name](width, dim)
 
-# %% ../../nbs/22_dual.ipynb #c41471d7
+# %% ../../nbs/22_dual.ipynb #d48fb9a2
 MAX_SCALE = 100.0
 
 
@@ -139,60 +139,70 @@ class DualEncoder(nn.Module):
         "Bring the stored scale back into its limits; to be called after each optimizer step."
         self.logit_scale.clamp_(0, math.log(MAX_SCALE))
 
-    def ask(self, **wishes) -> 'DualEncoder': # fields of `Request`
-        "Set what `forward` computes, and return the encoder."
-        self.request = Request(**wishes)
-        return self
-
-    def forward(self,
-        batch: dict, # images (n, v, c, h, w) uint8, tokens and token_mask (n, t); sentence_index (n, t) if sentences are asked for
-    ) -> Embeddings:
-        "Embed a batch of pairs, as far as `request` asks."
-        ask, images = self.request, batch['images']
-        if ask.views > images.shape[1]:
-            raise ValueError(f'{ask.views} views are asked for, but the batch holds {images.shape[1]}: load it with views={ask.views}')
-        text = self._text(batch['tokens'], batch['token_mask'], batch.get('sentence_index'), words=ask.words,
-                          sentences=ask.sentences)
-        (image, kept), view = self._views(images, ask)
-        return Embeddings(image=image.global_, text=text.global_, scale=self.scale, bias=self.bias, patches=image.patches,
-                          kept=kept, words=text.words, word_mask=text.word_mask, sentences=text.sentences,
-                          sentence_mask=text.sentence_mask, views=view, text_id=batch.get('text_id'))
-
-    def _views(self, images, ask):
-        "Embed the first view, and the second if asked for: in one pass where both are treated alike."
-        if ask.views < 2: return self._image(images[:, 0], ask.mask_ratio, ask.patches), None
-        if ask.patches or (self.training and ask.mask_ratio != ask.view_mask_ratio):
-            first = self._image(images[:, 0], ask.mask_ratio, ask.patches)
-            return first, self._image(images[:, 1], ask.view_mask_ratio)[0].global_
-        both, kept = self._image(images[:, :2].transpose(0, 1).flatten(0, 1), ask.mask_ratio)
-        n = len(images)
-        return (Encoded(both.global_[:n], both.pooled[:n]), None if kept is None else kept[:n]), both.global_[n:]
-
-    def _image(self, images, mask_ratio=0.0, patches=False):
-        "Encode images (n, c, h, w), masked only while training; return them with the indices of the kept patches."
-        kept = None
-        if mask_ratio and self.training:
-            rows, columns = self.image.patch_grid
-            kept = random_keep(len(images), rows * columns, ratio=mask_ratio, device=images.device)
-        each, pooled = self.image(self.image.normalise(images), kept, patches=patches)
-        return Encoded(_unit(self.image_head(pooled)), pooled,
-                       patches=_unit(self.image_head(each)) if patches else None), kept
-
-    def _text(self, ids, mask, index=None, *, words=False, sentences=False):
-        "Encode tokenized texts (n, t)."
-        each, pooled = self.text(ids, mask)
-        found = Encoded(_unit(self.text_head(pooled)), pooled)
-        if words: found.words, found.word_mask = _unit(self.text_head(each), mask), mask
-        if sentences:
-            means, found.sentence_mask = sentence_means(each, index)
-            found.sentences = _unit(self.text_head(means), found.sentence_mask)
-        return found
+# %% ../../nbs/22_dual.ipynb #6f233396
+@patch
+def ask(self: DualEncoder, **wishes) -> 'DualEncoder': # fields of `Request`
+    "Set what `forward` computes, and return the encoder."
+    self.request = Request(**wishes)
+    return self
 
 
+@patch
+def forward(self: DualEncoder,
+    batch: dict, # images (n, v, c, h, w) uint8, tokens and token_mask (n, t); sentence_index (n, t) if sentences are asked for
+) -> Embeddings:
+    "Embed a batch of pairs, as far as `request` asks."
+    ask, images = self.request, batch['images']
+    if ask.views > images.shape[1]:
+        raise ValueError(f'{ask.views} views are asked for, but the batch holds {images.shape[1]}: load it with views={ask.views}')
+    text = self._text(batch['tokens'], batch['token_mask'], batch.get('sentence_index'), words=ask.words,
+                      sentences=ask.sentences)
+    (image, kept), view = self._views(images, ask)
+    return Embeddings(image=image.global_, text=text.global_, scale=self.scale, bias=self.bias, patches=image.patches,
+                      kept=kept, words=text.words, word_mask=text.word_mask, sentences=text.sentences,
+                      sentence_mask=text.sentence_mask, views=view, text_id=batch.get('text_id'))
+
+
+@patch
+def _views(self: DualEncoder, images, ask):
+    "Embed the first view, and the second if asked for: in one pass where both are treated alike."
+    if ask.views < 2: return self._image(images[:, 0], ask.mask_ratio, ask.patches), None
+    if ask.patches or (self.training and ask.mask_ratio != ask.view_mask_ratio):
+        first = self._image(images[:, 0], ask.mask_ratio, ask.patches)
+        return first, self._image(images[:, 1], ask.view_mask_ratio)[0].global_
+    both, kept = self._image(images[:, :2].transpose(0, 1).flatten(0, 1), ask.mask_ratio)
+    n = len(images)
+    return (Encoded(both.global_[:n], both.pooled[:n]), None if kept is None else kept[:n]), both.global_[n:]
+
+# %% ../../nbs/22_dual.ipynb #231e2695
 def _unit(vectors, mask=None):
     "Scale to unit length in single precision; zero where `mask` is False."
     vectors = F.normalize(vectors.float(), dim=-1)
     return vectors if mask is None else vectors * mask[..., None]
+
+
+@patch
+def _image(self: DualEncoder, images, mask_ratio=0.0, patches=False):
+    "Encode images (n, c, h, w), masked only while training; return them with the indices of the kept patches."
+    kept = None
+    if mask_ratio and self.training:
+        rows, columns = self.image.patch_grid
+        kept = random_keep(len(images), rows * columns, ratio=mask_ratio, device=images.device)
+    each, pooled = self.image(self.image.normalise(images), kept, patches=patches)
+    return Encoded(_unit(self.image_head(pooled)), pooled,
+                   patches=_unit(self.image_head(each)) if patches else None), kept
+
+
+@patch
+def _text(self: DualEncoder, ids, mask, index=None, *, words=False, sentences=False):
+    "Encode tokenized texts (n, t)."
+    each, pooled = self.text(ids, mask)
+    found = Encoded(_unit(self.text_head(pooled)), pooled)
+    if words: found.words, found.word_mask = _unit(self.text_head(each), mask), mask
+    if sentences:
+        means, found.sentence_mask = sentence_means(each, index)
+        found.sentences = _unit(self.text_head(means), found.sentence_mask)
+    return found
 
 # %% ../../nbs/22_dual.ipynb #b1bd04ea
 @patch

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['IMAGE_TOWERS', 'random_keep', 'take_patches', 'PatchDrop', 'ImageTower', 'image_tower']
 
-# %% ../../nbs/20_image_towers.ipynb #9d9a24aa
+# %% ../../nbs/20_image_towers.ipynb #ab45a3c9
 import difflib
 import sys
 from pathlib import Path
 
 import timm
 import torch
+from fastcore.basics import patch
 from timm.layers import AttentionPool2d, RotAttentionPool2d
 from timm.models import VisionTransformer, adapt_input_conv, group_parameters
 from timm.models.eva import Eva
@@ -57,7 +58,7 @@ class PatchDrop(nn.Module):
             tokens = torch.cat([first, take_patches(patches, self.keep)], 1)
         return (tokens, self.keep) if self.indexed else tokens
 
-# %% ../../nbs/20_image_towers.ipynb #075a6bca
+# %% ../../nbs/20_image_towers.ipynb #67bc1498
 class ImageTower(nn.Module):
     "A timm model without its classifier, giving the features of each position and one global vector."
     def __init__(self,
@@ -84,7 +85,8 @@ class ImageTower(nn.Module):
     ): # patches (n, p or k, width), pooled (n, width)
         "Encode images; raises `ValueError` for `keep` with a network that cannot skip patches."
         features = self._features(images, keep)
-        return self._patches(features) if patches else None, self.net.forward_head(features, pre_logits=True)
+        pooled = self.net.forward_head(features, pre_logits=True)
+        return self._patches(features) if patches else None, pooled
 
     def _features(self, images, keep):
         if keep is None: return self.net.forward_features(images)
@@ -95,50 +97,48 @@ class ImageTower(nn.Module):
         try: return self.net.forward_features(images)
         finally: self.net.patch_drop.keep = None
 
-    def _patches(self, features):
-        "Bring the features of each position into the space of the pooled vector."
-        if features.ndim == 3:
-            tokens = features[:, getattr(self.net, 'num_prefix_tokens', 0):]
-            return self.net.fc_norm(tokens) if hasattr(self.net, 'fc_norm') else tokens
-        last = getattr(self.net, 'output_fmt', 'NCHW') == 'NHWC'
-        each = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
-        if any(isinstance(o, (AttentionPool2d, RotAttentionPool2d)) for o in self.net.modules()): return each
-        n, p, c = each.shape
-        return self.net.forward_head(each.reshape(n * p, *((1, 1, c) if last else (c, 1, 1))), pre_logits=True).view(n, p, -1)
+# %% ../../nbs/20_image_towers.ipynb #2b02c6d8
+@patch
+def normalise(self: ImageTower,
+    images: Tensor, # uint8 (n, 1 or channels, h, w)
+) -> Tensor: # float (n, channels, h, w)
+    "Scale bytes to the network's range, repeating a single channel where it expects three."
+    if images.dtype != torch.uint8: raise TypeError(f'images are {images.dtype}, expected uint8 in 0…255')
+    n, c, *size = images.shape
+    if c not in (1, self.channels) or size != [self.image_size] * 2:
+        raise ValueError(f'images are {c} × {size[0]} × {size[1]}, this tower expects {self.channels} × {self.image_size} × '
+                         f'{self.image_size} (one channel is repeated). Resize the images, or build the tower for their size.')
+    mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
+    return (images - 255 * mean) / (255 * std)
 
-    @torch.no_grad()
-    def _shapes(self):
-        "Encode one blank image to learn the width and the (rows, columns) of the patches."
-        training = self.net.training
-        self.net.eval()
-        features = self.net.forward_features(torch.zeros(1, self.channels, self.image_size, self.image_size))
-        if not isinstance(features, Tensor):
-            raise ValueError(f'{type(self.net).__name__} returns several feature maps; choose a model that returns one')
-        width, (_, p, patch_width) = self.net.forward_head(features, pre_logits=True).shape[-1], self._patches(features).shape
-        if width != patch_width:
-            raise ValueError(f'{type(self.net).__name__} pools {patch_width} features into {width}; choose another model')
-        self.net.train(training)
-        return width, next((rows, p // rows) for rows in range(int(p ** .5), 0, -1) if p % rows == 0)
+# %% ../../nbs/20_image_towers.ipynb #b96647b9
+@patch
+def _patches(self: ImageTower, features):
+    "Bring the features of each position into the space of the pooled vector."
+    if features.ndim == 3:
+        tokens = features[:, getattr(self.net, 'num_prefix_tokens', 0):]
+        return self.net.fc_norm(tokens) if hasattr(self.net, 'fc_norm') else tokens
+    last = getattr(self.net, 'output_fmt', 'NCHW') == 'NHWC'
+    each = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+    if any(isinstance(o, (AttentionPool2d, RotAttentionPool2d)) for o in self.net.modules()): return each
+    n, p, c = each.shape
+    return self.net.forward_head(each.reshape(n * p, *((1, 1, c) if last else (c, 1, 1))), pre_logits=True).view(n, p, -1)
 
-    def normalise(self,
-        images: Tensor, # uint8 (n, 1 or channels, h, w)
-    ) -> Tensor: # float (n, channels, h, w)
-        "Scale bytes to the network's range, repeating a single channel where it expects three."
-        if images.dtype != torch.uint8: raise TypeError(f'images are {images.dtype}, expected uint8 in 0…255')
-        n, c, *size = images.shape
-        if c not in (1, self.channels) or size != [self.image_size] * 2:
-            raise ValueError(f'images are {c} × {size[0]} × {size[1]}, this tower expects {self.channels} × {self.image_size} × '
-                             f'{self.image_size} (one channel is repeated). Resize the images, or build the tower for their size.')
-        mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
-        return (images - 255 * mean) / (255 * std)
 
-    def groups(self) -> list[list[nn.Parameter]]:
-        "Return the parameters in groups from input to output: embeddings, blocks, the last block with the final norm."
-        if not hasattr(self.net, 'group_matcher'): return [g for o in self.net.children() if (g := list(o.parameters()))]
-        matcher = self.net.group_matcher()
-        if isinstance(matcher, dict): matcher |= {'rest': [(r'.', (99999,))]} # timm's code for: join the previous group
-        named = dict(self.net.named_parameters())
-        return [[named[o] for o in names] for _, names in sorted(group_parameters(self.net, matcher).items())]
+@patch
+@torch.no_grad()
+def _shapes(self: ImageTower):
+    "Encode one blank image to learn the width and the (rows, columns) of the patches."
+    training = self.net.training
+    self.net.eval()
+    features = self.net.forward_features(torch.zeros(1, self.channels, self.image_size, self.image_size))
+    if not isinstance(features, Tensor):
+        raise ValueError(f'{type(self.net).__name__} returns several feature maps; choose a model that returns one')
+    width, (_, p, patch_width) = self.net.forward_head(features, pre_logits=True).shape[-1], self._patches(features).shape
+    if width != patch_width:
+        raise ValueError(f'{type(self.net).__name__} pools {patch_width} features into {width}; choose another model')
+    self.net.train(training)
+    return width, next((rows, p // rows) for rows in range(int(p ** .5), 0, -1) if p % rows == 0)
 
 # %% ../../nbs/20_image_towers.ipynb #2cb3456e
 IMAGE_TOWERS = { # name → (timm model, what differs from it)
@@ -195,3 +195,13 @@ def _fill(net, weights, channels, config):
     if first in state and state[first].shape[1] == 3 != channels: state[first] = adapt_input_conv(channels, state[first])
     load_weights(net, state, source=weights, extra=True)
     return statistics
+
+# %% ../../nbs/20_image_towers.ipynb #981f180a
+@patch
+def groups(self: ImageTower) -> list[list[nn.Parameter]]:
+    "Return the parameters in groups from input to output: embeddings, blocks, the last block with the final norm."
+    if not hasattr(self.net, 'group_matcher'): return [g for o in self.net.children() if (g := list(o.parameters()))]
+    matcher = self.net.group_matcher()
+    if isinstance(matcher, dict): matcher |= {'rest': [(r'.', (99999,))]} # timm's code for: join the previous group
+    named = dict(self.net.named_parameters())
+    return [[named[o] for o in names] for _, names in sorted(group_parameters(self.net, matcher).items())]

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'TEXT_TOWERS', 'mean_pool', 'last_pool', 'sentence_means', 'TextTower', 'text_tower']
 
-# %% ../../nbs/21_text_towers.ipynb #21e60b16
+# %% ../../nbs/21_text_towers.ipynb #5c7ec99e
 import contextlib
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
@@ -52,7 +53,7 @@ def sentence_means(
     counts = member.sum(1)
     return member.transpose(1, 2) @ words / counts[..., None].clamp(min=1), counts > 0
 
-# %% ../../nbs/21_text_towers.ipynb #dd21038a
+# %% ../../nbs/21_text_towers.ipynb #9b727d73
 class TextTower(nn.Module):
     "A transformers encoder giving one vector per token and one global vector."
     def __init__(self,
@@ -90,18 +91,6 @@ class TextTower(nn.Module):
         "The model's settings, from which the same architecture can be built without any file."
         hidden = ('_name_or_path', 'architectures', 'transformers_version', 'dtype')
         return {k: v for k, v in self.net.config.to_dict().items() if k not in hidden}
-
-    def groups(self) -> list[list[nn.Parameter]]:
-        "Return the parameters in groups: embeddings, one per block, and what follows the last block joined to it."
-        size = lambda blocks: sum(o.numel() for o in blocks.parameters())
-        blocks = max((o for o in self.net.modules() if isinstance(o, nn.ModuleList)), key=size)
-        groups = [list(o.parameters()) for o in blocks]
-        within, before, after = {id(p) for group in groups for p in group}, [], []
-        started = False
-        for p in self.net.parameters():
-            started |= id(p) in within
-            if id(p) not in within: (after if started else before).append(p)
-        return [before, *groups[:-1], groups[-1] + after]
 
 # %% ../../nbs/21_text_towers.ipynb #a635f086
 _BERT = dict(model_type='bert', vocab_size=30522, max_position_embeddings=512)
@@ -201,3 +190,17 @@ def _quiet():
     finally:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
+
+# %% ../../nbs/21_text_towers.ipynb #2e583e9f
+@patch
+def groups(self: TextTower) -> list[list[nn.Parameter]]:
+    "Return the parameters in groups: embeddings, one per block, and what follows the last block joined to it."
+    size = lambda blocks: sum(o.numel() for o in blocks.parameters())
+    blocks = max((o for o in self.net.modules() if isinstance(o, nn.ModuleList)), key=size)
+    groups = [list(o.parameters()) for o in blocks]
+    within, before, after = {id(p) for group in groups for p in group}, [], []
+    started = False
+    for p in self.net.parameters():
+        started |= id(p) in within
+        if id(p) not in within: (after if started else before).append(p)
+    return [before, *groups[:-1], groups[-1] + after]

@@ -20,16 +20,17 @@ import torch
 
 from ..core import DataError, code_hash, content_hash, read_tensors, write_tensors
 
-# %% ../../nbs/60_features.ipynb #199ce35e
+# %% ../../nbs/60_features.ipynb #a08f12fd
 def pixel_reader(
-    source, # packed cache, corpus that renders itself, corpus with pixels, or uint8 array (n, h, w) or (n, h, w, c)
+    source, # packed cache, corpus that renders itself or holds pixels, or uint8 array (n, h, w) or (n, h, w, c)
 ) -> Callable: # row numbers -> uint8 (n, h, w, c)
     "Return the function that reads rows of `source`; raises `DataError` for a source without pixels in memory."
     rows = getattr(source, 'batch', None) or getattr(source, 'images', None)
     if rows is None:
         array = source if isinstance(source, np.ndarray) else getattr(source, 'pixels', None)
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (3, 4):
-            raise DataError(f'{getattr(source, "name", type(source).__name__)} holds no uint8 pixels (n, h, w) or (n, h, w, c)',
+            name = getattr(source, 'name', type(source).__name__)
+            raise DataError(f'{name} holds no uint8 pixels (n, h, w) or (n, h, w, c)',
                             remedy='Pack the corpus first (data.images), and pass the packed images as `images`.')
         rows = array.__getitem__
 
@@ -38,7 +39,7 @@ def pixel_reader(
         return pixels[..., None] if pixels.ndim == 3 else pixels
     return read
 
-# %% ../../nbs/60_features.ipynb #8755996e
+# %% ../../nbs/60_features.ipynb #b2afb96c
 @contextlib.contextmanager
 def _frozen(encoder):
     "Run a module in evaluation mode without gradient, then give each of its parts the mode it had."
@@ -65,8 +66,8 @@ def _join(parts):
     out = {}
     for name in parts[0]:
         values = [o[name] for o in parts]
-        longest = max(o.shape[1] for o in values)
-        out[name] = torch.cat([torch.nn.functional.pad(o, (0, 0) * (o.ndim - 2) + (0, longest - o.shape[1])) for o in values])
+        t, other = max(o.shape[1] for o in values), (0, 0) * (values[0].ndim - 2)
+        out[name] = torch.cat([torch.nn.functional.pad(o, (*other, 0, t - o.shape[1])) for o in values])
     return out
 
 
@@ -78,7 +79,7 @@ def _wishes(method, outputs):
 
 OUTPUTS = ('global_', 'pooled')
 
-# %% ../../nbs/60_features.ipynb #f79bed65
+# %% ../../nbs/60_features.ipynb #8be4142f
 def encoder_hash(
     encoder, # a module, or any object with a method `hash()`
 ) -> str:
@@ -88,16 +89,17 @@ def encoder_hash(
         raise TypeError(f'{type(encoder).__name__} is no torch module; give it a method hash() or use no cache folder')
     tokenizer = getattr(encoder, 'tokenizer', None)
     named = sorted((*encoder.named_parameters(), *encoder.named_buffers()), key=lambda o: o[0])
-    tensors = (part for name, o in named
-               for part in (name, str(o.dtype), list(o.shape), o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return content_hash(type(encoder).__qualname__, re.sub(r' at 0x[0-9a-f]+', '', repr(encoder)),
-                        str(getattr(encoder, 'config', '')), '' if tokenizer is None else _own_hash(tokenizer), *tensors)
+    def raw(o): return o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    tensors = (part for name, o in named for part in (name, str(o.dtype), list(o.shape), raw(o)))
+    tree, config = re.sub(r' at 0x[0-9a-f]+', '', repr(encoder)), str(getattr(encoder, 'config', ''))
+    vocabulary = '' if tokenizer is None else _own_hash(tokenizer)
+    return content_hash(type(encoder).__qualname__, tree, config, vocabulary, *tensors)
 
 
 def _own_hash(part):
     "Ask a part for its own hash; raises TypeError if it has none."
     own = getattr(part, 'hash', None)
-    if own is None: raise TypeError(f'{type(part).__name__} has no `hash`, so features that depend on it cannot be kept')
+    if own is None: raise TypeError(f'{type(part).__name__} has no `hash`, so what depends on it cannot be kept')
     return own() if callable(own) else own
 
 
@@ -118,7 +120,7 @@ def _surroundings(encoder):
     "List what computes the features besides the encoder."
     return [code_hash(), _device(encoder).type, *(version(o) for o in ('torch', 'timm', 'transformers'))]
 
-# %% ../../nbs/60_features.ipynb #e0d6f068
+# %% ../../nbs/60_features.ipynb #7bd07e1c
 @dataclass(frozen=True)
 class FeatureStore:
     "Encode images and texts with a frozen encoder; results are kept in `folder`, if there is one, by content."
@@ -167,9 +169,10 @@ class FeatureStore:
         if path and path.exists():
             found = read_tensors(path)[0]
             if all(len(o) == len(rows) for o in found.values()): return found
-            raise DataError(f'expected {len(rows)} rows', file=path, remedy='Delete the file; it will be computed again.')
+            raise DataError(f'expected {len(rows)} rows', file=path, remedy='Delete the file; it will be made again.')
         with _frozen(self.encoder):
-            found = _join([_fields(encode(rows[o:o + self.batch_size]), outputs) for o in range(0, len(rows), self.batch_size)])
+            batches = [rows[o:o + self.batch_size] for o in range(0, len(rows), self.batch_size)]
+            found = _join([_fields(encode(o), outputs) for o in batches])
         if path: write_tensors(path, found)
         return found
 
@@ -188,14 +191,14 @@ def as_store(
     "Wrap an encoder in a store without a folder; a store passes through."
     return encoder if isinstance(encoder, FeatureStore) else FeatureStore(encoder)
 
-# %% ../../nbs/60_features.ipynb #72cddcdb
+# %% ../../nbs/60_features.ipynb #02188b6d
 @dataclass(frozen=True)
 class Scorer:
     "How images and texts are scored against each other; the outputs named here are what it is given."
     image: tuple[str, ...] # outputs of encode_image
     text: tuple[str, ...] # outputs of encode_text
     pair: Callable # (features of n images, features of m texts) -> (n, m)
-    ensemble: Callable | None = None # features of m texts, owner (m,) -> features of one text per owner; None = mean score
+    ensemble: Callable | None = None # (features of m texts, owner (m,)) -> those of one per owner; None = mean score
 
 
 def unit(

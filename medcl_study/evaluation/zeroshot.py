@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['class_scores', 'zero_shot']
 
-# %% ../../nbs/61_zeroshot.ipynb #fc7d89b2
+# %% ../../nbs/61_zeroshot.ipynb #047b264b
 import numpy as np
 import pandas as pd
 
 from ..data.text import PromptSet, prompts_for
-from .features import Scorer, check_length, find_scorer, labelled, sample_groups, scorer_features, take
+from .features import (Scorer, check_length, find_scorer, labelled, sample_groups,
+                                             scorer_features, take)
 from ..predictions import Task, prediction_rows
 
 # %% ../../nbs/61_zeroshot.ipynb #9c28fa4a
@@ -31,11 +32,11 @@ def class_scores(
     if scorer.ensemble: return block
     return np.stack([block[:, owner == o].mean(1) for o in range(owner.max() + 1)], 1)
 
-# %% ../../nbs/61_zeroshot.ipynb #ff638223
+# %% ../../nbs/61_zeroshot.ipynb #28380ec5
 def _described(task, prompts):
     "List the prompts of a task, with the number of the class each is about; negatives count on after the classes."
     lists = prompts_for(task.classes, prompts)
-    if task.kind == 'multilabel' and prompts.negatives: lists = lists + prompts_for(task.classes, prompts, negative=True)
+    if task.kind == 'multilabel' and prompts.negatives: lists += prompts_for(task.classes, prompts, negative=True)
     return [o for texts in lists for o in texts], np.repeat(np.arange(len(lists)), [len(o) for o in lists])
 
 

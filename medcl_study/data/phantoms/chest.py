@@ -71,12 +71,12 @@ def _mediastinum(s, b):
     stomach = s.soft(ellipse(x, y, .45*b.wide, floor + .2, .15, .07), .05)*s.coin('stomach bubble', .5)
     b.canvas += b.torso*(.05*spine - .12*airway) - .2*stomach
 
-# %% ../../../nbs/11c_chest.ipynb #b14fefa1
+# %% ../../../nbs/11c_chest.ipynb #caddb770
 def _effusion(s, b):
     "Fluid at the lung base, its surface rising toward the side: the angle is blunted."
     for rows, f in s.having('pleural effusion'):
         floor = b.diaphragm[rows]
-        top = floor.min((1, 2), keepdims=True) + .06 - .42*f.extent - .16*np.clip(b.lateral[rows], -.6, 1)**3
+        top = floor.min((1, 2), keepdims=True) - .02 - .36*f.extent - .16*np.clip(b.lateral[rows], -.6, 1)**3
         toward = np.where(f.at_x == 0, b.across[rows], f.x*f.at_x)
         fluid = f.soft(b.pleura[rows] - .01, .02)*f.soft(.16 - toward, .03)*f.soft(top - f.y, .05)*f.soft(f.y - floor - .06, .05)
         b.canvas[rows] = blend(b.canvas[rows], fluid, f.u('effusion level', .60, .72))
@@ -101,7 +101,7 @@ def _consolidation(s, b):
     for rows, f in s.having('consolidation'):
         r = .15 + .12*f.extent
         cx, cy = f.at_x*b.lung_x[rows] + f.u('opacity x', -.06, .06), -.10 + .36*f.at_y + f.u('opacity y', -.08, .08)
-        d = ellipse(f.x, f.y, cx, cy, r, r*f.u('opacity aspect', .8, 1.2)) + .08*f.clouds('opacity border', 6)
+        d = ellipse(f.x, f.y, cx, cy, r, r*f.u('opacity aspect', .8, 1.2)) + .5*r*np.minimum(f.clouds('opacity border', 6), .8)
         cover = f.soft(d, .10)*b.lung[rows]
         value = f.u('opacity level', .54, .68) - .24*ridge(f.smooth('bronchogram', 9), .25)
         b.canvas[rows] = blend(b.canvas[rows], .95*cover, value)
