@@ -91,11 +91,11 @@ def macro_f1(
     said = one_hot(scores.argmax(1), scores.shape[1])[:, kept]
     return _macro(2 * w @ (truth & said), w @ truth + w @ said)
 
-# %% ../nbs/50_metrics.ipynb #1f4ef0a4
+# %% ../nbs/50_metrics.ipynb #5b9924c0
 def _scorable(targets, classes, least):
     "Return which classes have enough positives, and the one-hot targets of those; raises `Undefined` if none has."
     kept = enough_positives(targets, classes, least=least)
-    if not kept.any(): raise Undefined(f'no class has {least} positives and {least} negatives in {len(targets)} samples')
+    if not kept.any(): raise Undefined(f'no class has {least} positives and {least} negatives, n = {len(targets)}')
     return kept, one_hot(targets, classes)[:, kept]
 
 

@@ -173,7 +173,8 @@ def test_frames_and_colour():
 # Compressions that need a decoder outside Pillow and pydicom, and files whose pixels are damaged or missing.
 UNREADABLE = {'without pixel data': ('reportsi', 'rtplan', 'rtstruct', 'test-SR', 'waveform_ecg', 'no_meta', 'UN_sequence',
                                      'nested_priv_SQ', 'priv_SQ', 'empty_charset_LEI', 'meta_missing_tsyntax', 'EndNoMeta'),
-              'cannot be decoded': ('SC_rgb_jpeg_gdcm', 'JPEG2000-embedded', 'badVR', 'JPEGLS', 'jls', 'jpeg_ls', 'JPEG-lossy', 'JPGExtended', 'MR_truncated', 'GDCMJ2K')}
+              'cannot be decoded': ('SC_rgb_jpeg_gdcm', 'JPEG2000-embedded', 'badVR', 'JPEGLS',
+                                    'jls', 'jpeg_ls', 'JPEG-lossy', 'JPGExtended', 'MR_truncated', 'GDCMJ2K')}
 SAMPLES = sorted((Path(pydicom.__file__).parent / 'data/test_files').glob('*.dcm'))
 
 

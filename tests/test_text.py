@@ -57,7 +57,8 @@ def test_sections_keep_every_body_character(text):
     assert solid(report_text(text)) != '' or not solid(''.join(parts.values()))
 
 
-@pytest.mark.parametrize('unit', ['The heart is normal. ', 'vs. ', '1. ', 'x\n', 'x' * 60 + '\n', ' ', '.', '\n', 'a\n ', ') ', 'No.B', ':\n'])
+@pytest.mark.parametrize('unit', ['The heart is normal. ', 'vs. ', '1. ', 'x\n', 'x' * 60 + '\n', ' ', '.', '\n', 'a\n ', ') ',
+                                  'No.B', ':\n'])
 def test_splitting_takes_linear_time(unit):
     "A caption of 100,000 characters must not hang: each of these made some earlier expression quadratic (minutes)."
     text = (unit * 100_000)[:100_000] + 'x'

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'Knobs', 'PhantomCorpus', 'phantom_corpus']
 
-# %% ../../nbs/11_phantom.ipynb #1bd415f6
+# %% ../../nbs/11_phantom.ipynb #f349c8e5
 import functools
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, content_hash
 from .pairs import Corpus, Region, Sample
+from .phantoms import drawing
 from .phantoms.chest import CHEST
 from .phantoms.ct import CT
 from .phantoms.dermoscopy import DERMOSCOPY
@@ -26,8 +28,7 @@ from .phantoms.wording import pixels, questions_of, report_of, scene_of, truth_o
 # %% ../../nbs/11_phantom.ipynb #4f6562f7
 MODALITIES = {'chest': CHEST, 'ct': CT, 'histology': HISTOLOGY, 'fundus': FUNDUS, 'ultrasound': ULTRASOUND, 'dermoscopy': DERMOSCOPY}
 
-# %% ../../nbs/11_phantom.ipynb #6d64af3c
-_VERSION = 1 # of what a key draws; a change here is a change of every phantom
+# %% ../../nbs/11_phantom.ipynb #4d117916
 _BLOCKS = np.array([(0, 1, 2, 3), (0, 0, 1, 2), (0, 1, 1, 2), (0, 1, 1, 1), (0, 0, 1, 1)])
 
 
@@ -37,7 +38,7 @@ def _patients(key, index): # (n,) → (n,)
     which = Draws(key, block, block).uniform('patients', 0, len(_BLOCKS))[:, 0].astype(int)
     return 4*block + _BLOCKS[which, slot]
 
-# %% ../../nbs/11_phantom.ipynb #f27f85f6
+# %% ../../nbs/11_phantom.ipynb #58ac7c33
 @dataclass(frozen=True)
 class Knobs:
     "How hard the pairs are; each is part of what a phantom is a function of."
@@ -69,7 +70,7 @@ class PhantomCorpus(Corpus):
         self.channels = max(MODALITIES[o].channels for o in names)
         self.root = self.pixels = None
         self.report = pd.DataFrame(columns=['file', 'row', 'what', 'remedy'])
-        self.key = content_hash('phantom', _VERSION, modality, seed, split)
+        self.key = content_hash('phantom', modality, seed, split)
 
     def __len__(self): return len(self.index)
 
@@ -175,8 +176,14 @@ class PhantomCorpus(Corpus):
                         remedy=f'Make it: phantom_corpus({self.modality!r}, n, split={name!r}).')
 
     def hash(self) -> str:
-        "Hash what the pairs are a function of."
-        return content_hash(self.key, self.size, self.knobs, self.index)
+        "Hash what the pairs are a function of, the code that draws and words them included."
+        return content_hash(_sources(), self.key, self.size, self.knobs, self.index)
+
+
+@functools.cache
+def _sources():
+    "Hash the modules of the phantoms."
+    return content_hash(*sorted(Path(drawing.__file__).parent.glob('*.py')))
 
 
 def _box(mask): # bool (h, w) → fractions x0, y0, x1, y1, or None

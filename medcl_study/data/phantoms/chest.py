@@ -13,7 +13,7 @@ import numpy as np
 from .drawing import blend, ellipse, ridge, superellipse, union
 from .wording import HERE, SIDES, Finding, Modality, prompts
 
-# %% ../../../nbs/11c_chest.ipynb #4f137c47
+# %% ../../../nbs/11c_chest.ipynb #586abede
 def _chest_wall(s, b):
     "Soft tissue, cut at the shoulders and the neck."
     x, y, b.across = s.x, s.y, np.abs(s.x)
@@ -33,7 +33,7 @@ def _lungs(s, b):
     b.pleura = superellipse(b.across, y, b.lung_x, b.lung_y, b.lung_rx, b.lung_ry)
     b.lateral = (b.across - b.lung_x)/b.lung_rx
     breath = s.u('breath', -.10, .10) + s.p('depth', -.06, .08)
-    b.diaphragm = .55 + breath + (x > 0)*s.p('left dome', .01, .10) + .13*(b.lateral + .15)**2
+    b.diaphragm = np.minimum(.55 + breath + (x > 0)*s.p('left dome', .01, .10), b.lung_y + .8*b.lung_ry) + .13*(b.lateral + .15)**2
     b.lung = s.soft(np.maximum(b.pleura, y - b.diaphragm), .02)
     b.canvas = blend(b.canvas, b.lung, s.u('lung level', .14, .30) + .03*s.smooth('haze', 3) + .05*y)
     _bones(s, b)
@@ -71,7 +71,7 @@ def _mediastinum(s, b):
     stomach = s.soft(ellipse(x, y, .45*b.wide, floor + .2, .15, .07), .05)*s.coin('stomach bubble', .5)
     b.canvas += b.torso*(.05*spine - .12*airway) - .2*stomach
 
-# %% ../../../nbs/11c_chest.ipynb #caddb770
+# %% ../../../nbs/11c_chest.ipynb #743b7060
 def _effusion(s, b):
     "Fluid at the lung base, its surface rising toward the side: the angle is blunted."
     for rows, f in s.having('pleural effusion'):
@@ -115,7 +115,7 @@ def _atelectasis(s, b):
         slant, gap, cover = f.u('slant', -.4, .4), f.u('band gap', .09, .13), 0
         for k, least in ((0, 0), (1, .33), (-1, .66)):
             dx = f.x - cx - f.u(f'band x{k}', -.05, .05)
-            d = np.abs(f.y - cy - k*gap - slant*dx - .25*dx**2) - (.012 + .010*f.extent)
+            d = np.abs(f.y - cy - k*gap - slant*dx - .25*dx**2) - (.015 + .010*f.extent)
             cover = np.maximum(cover, f.soft(d, .02)*f.soft(np.abs(dx) - (.24 - .06*abs(k)), .08)*(f.extent >= least))
         cover = cover*b.lung[rows]
         b.canvas[rows] = blend(b.canvas[rows], cover, f.u('band level', .50, .64))

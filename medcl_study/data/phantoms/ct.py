@@ -121,7 +121,7 @@ def _colon(s, b):
     b.canvas = blend(b.canvas, s.soft(colon, .02)*shown, b.tissue)
     b.canvas = blend(b.canvas, s.soft(colon + .035, .02)*shown, s.u('colon gas', .02, .25))
 
-# %% ../../../nbs/11d_ct.ipynb #3b5d718b
+# %% ../../../nbs/11d_ct.ipynb #ffca1f4b
 def _liver_lesion(s, b):
     "One to three round lesions in a lobe, darker than the liver or brighter."
     for rows, f in s.having('liver lesion'):
@@ -141,10 +141,10 @@ def _liver_lesion(s, b):
 def _renal_cyst(s, b):
     "A round bag of water on the kidney."
     for rows, f in s.having('renal cyst'):
-        r, turn, kr = .10 + .05*f.extent, f.u('cyst turn', -2.2, .4), b.kr[rows]
+        r, turn, kr = .10 + .05*f.extent, f.u('cyst turn', -2.4, -.2), b.kr[rows]
         cx = b.sx[rows] + f.at_x*(b.kx[rows] + (kr + .4*r)*np.cos(turn))
         cy = b.ky[rows] - .015*(1 + f.at_x) + (1.15*kr + .4*r)*np.sin(turn)
-        d = np.maximum(ellipse(f.x, f.y, cx, cy, r, r), b.wall[rows] + .03)
+        d = np.maximum(ellipse(f.x, f.y, cx, cy, r, r), b.wall[rows] + .02)
         cover = f.soft(d, .02)
         b.canvas[rows] = blend(b.canvas[rows], cover, b.tissue[rows] - f.u('cyst depth', .20, .24)) + .08*f.soft(np.abs(d) - .006)
         s.mark('renal cyst', cover)

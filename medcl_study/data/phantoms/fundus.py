@@ -64,7 +64,7 @@ def _arcades(s, b):
     ink = vessels*s.u('vessel ink', .7, 1)*(1 - .6*b.cup)
     b.rgb *= 1 - ink[:, None]*_rgb(.50, .70, .65)
 
-# %% ../../../nbs/11f_fundus.ipynb #67259b8f
+# %% ../../../nbs/11f_fundus.ipynb #598df835
 def _places(s, b, name):
     "Yield, once if any image has the finding, its rows and its scene with a centre in the asked quadrant."
     for rows, f in s.having(name):
@@ -114,7 +114,7 @@ def _cotton_wool(s, b):
         cover = 0
         for k in range(3):
             d = ellipse(f.x, f.y, f.cx + f.u(f'wool x{k}', -.18, .18), f.cy + f.u(f'wool y{k}', -.18, .18),
-                        f.u(f'wool rx{k}', .07, .12), f.u(f'wool ry{k}', .06, .09), f.u(f'wool turn{k}', 0, 3))
+                        f.u(f'wool rx{k}', .08, .12), f.u(f'wool ry{k}', .07, .10), f.u(f'wool turn{k}', 0, 3))
             cover = np.maximum(cover, f.soft(d + .03*np.minimum(f.smooth('fluff', 12), 1), .10)*(3*f.extent >= k))
         _paint(b, .9*cover, _rgb(.97, .90, .70), rows)
         s.mark('cotton-wool spots', cover)

@@ -30,7 +30,7 @@ def _behind(s, b, x, y, r, rows=slice(None)):
     aside = np.abs(b.beam[rows] - np.arctan2(x, y - b.apex[rows]))*far - .85*r
     return soft(aside, np.float32(.05))*soft(far - b.depth[rows], np.float32(.04))
 
-# %% ../../../nbs/11g_ultrasound.ipynb #93fe4c82
+# %% ../../../nbs/11g_ultrasound.ipynb #83ebca5f
 def _liver(s, b):
     "Parenchyma, three veins, some with the bright walls of the portal tree, and the diaphragm behind."
     b.canvas = s.u('liver', .38, .52) + .05*s.clouds('parenchyma', 6)
@@ -41,7 +41,7 @@ def _liver(s, b):
     b.canvas = blend(b.canvas, .7*wall, .80)
     b.canvas = blend(b.canvas, .9*s.stamps(x, y, r, length=half, angle=angle), .14)
     b.dome_x, b.dome_y = s.p('dome x', -.25, .05), s.p('dome y', -.6, -.4)
-    b.dome = np.hypot(s.x - b.dome_x, s.y - b.dome_y) - s.p('dome r', 1.22, 1.36)
+    b.dome = np.hypot(s.x - b.dome_x, s.y - b.dome_y) - s.p('dome r', 1.12, 1.24)
     b.canvas = blend(b.canvas, s.soft(-b.dome, .03), .30 + .06*s.clouds('mirror', 6))
     b.canvas = blend(b.canvas, .9*s.soft(np.abs(b.dome) - .022, .03), .95)
 
@@ -77,7 +77,7 @@ def _gallbladder(s, b):
     b.canvas = blend(b.canvas, .8*s.soft(np.abs(gall) - .016, .02), .85)
     b.canvas = blend(b.canvas, s.soft(gall, .02), .06)
 
-# %% ../../../nbs/11g_ultrasound.ipynb #483002b3
+# %% ../../../nbs/11g_ultrasound.ipynb #9c46a9f5
 def _hydronephrosis(s, b):
     "Dilated calyces opening into a dilated pelvis."
     for rows, f in s.having('hydronephrosis'):
@@ -97,7 +97,7 @@ def _gallstones(s, b):
         gx, gy, gr, gt = (o[rows] for o in (b.gx, b.gy, b.gr, b.gt))
         cover = 0
         for k in range(3):
-            r = (.042 + .018*f.extent)*f.u(f'stone r{k}', .85, 1.2)
+            r = (.050 + .018*f.extent)*f.u(f'stone r{k}', .85, 1.2)
             along, down = .62*(k - 1)*gr + f.u(f'stone at{k}', -.03, .03), .35*gr
             x = gx + along*np.cos(gt) - down*np.sin(gt)*f.u(f'stone down{k}', .4, 1)
             y, shown = gy + along*np.sin(gt) + down*np.cos(gt), 3*f.extent >= k
@@ -109,7 +109,7 @@ def _gallstones(s, b):
 
 def _spot(f, name, side, dx, dy):
     "A place in the right or the left lobe: x and y, (rows, 1, 1)."
-    return np.where(side < 0, np.float32(-.40), np.float32(.42)) + f.u(name + ' x', -dx, dx), -.24 - .02*side + f.u(name + ' y', -dy, dy)
+    return np.where(side < 0, np.float32(-.36), np.float32(.38)) + f.u(name + ' x', -dx, dx), -.24 - .02*side + f.u(name + ' y', -dy, dy)
 
 
 def _metastases(s, b):
@@ -157,7 +157,7 @@ def _ascites(s, b):
         b.canvas[rows] = blend(b.canvas[rows], cover, .05)
         s.mark('ascites', cover)
 
-# %% ../../../nbs/11g_ultrasound.ipynb #ad1f1b37
+# %% ../../../nbs/11g_ultrasound.ipynb #4ffa8cb0
 def _wall(s, b):
     "Layers of the abdominal wall under the probe."
     skin = b.near + s.p('wall', .12, .30) + .015*s.smooth('fascia', 4)
@@ -190,7 +190,7 @@ def _overlay(s, out):
 
 def draw_ultrasound(s): # float32 (n, h, w)
     "Draw B-mode images of the upper abdomen."
-    s.pose(tilt=.35, zoom=(.80, 1.25), shift=(.24, .18))
+    s.pose(tilt=.30, zoom=(.80, 1.18), shift=(.20, .14))
     b = SimpleNamespace()
     for part in (_fan, _liver, _kidney, _hydronephrosis, _gallbladder, _gallstones, _metastases, _hemangioma, _cyst, _ascites, _wall):
         part(s, b)

@@ -187,16 +187,15 @@ def _about(finding, place, extent, u):
     return out + [Question(f'Where {be} the {finding.name}?', place, 'open'),
                   Question(_tidy(f'{be} the {finding.name} {finding.places[asked][0]}?'), 'yes' if asked == place else 'no', 'closed')]
 
-# %% ../../../nbs/11b_wording.ipynb #37a762e1
+# %% ../../../nbs/11b_wording.ipynb #9d80113d
 _COLOURS = np.array([(255, 80, 80), (90, 230, 90), (110, 150, 255), (250, 220, 60), (80, 230, 230), (250, 120, 250)], np.uint8)
 
 
 def outline(mask: np.ndarray) -> np.ndarray: # bool, as mask
-    "Find the border pixels of masks (…, h, w), inside the mask."
-    inner = mask.copy()
-    for axis in (-1, -2):
-        for way in (-1, 1): inner &= np.roll(mask, way, axis)
-    return mask & ~inner
+    "Find the pixels that touch masks (…, h, w) from outside."
+    padded, touched = np.pad(mask, [(0, 0)]*(mask.ndim - 2) + [(1, 1)]*2), mask.copy()
+    for window in (np.s_[..., 2:, 1:-1], np.s_[..., :-2, 1:-1], np.s_[..., 1:-1, 2:], np.s_[..., 1:-1, :-2]): touched |= padded[window]
+    return touched & ~mask
 
 
 def plate(modality: Modality, *, size: int = 112, columns: int = 5, key: str = 'plate') -> np.ndarray: # uint8 (rows·size, columns·size, 3)
