@@ -56,10 +56,10 @@ class Page:
     notes: tuple # what must be known before the numbers; shown as a warning
     sections: list = field(repr=False)
 
-# %% ../nbs/72_pages.ipynb #5ab9b901
+# %% ../nbs/72_pages.ipynb #4e805937
 def _inline(text):
     "Escape a text for HTML and set `code` and **bold**."
-    text = html.escape(str(text), quote=False)
+    text = html.escape(str(text), quote=False).replace(' %', '\N{NBSP}%')
     text = re.sub(r'`([^`]+)`', r'<code>\1</code>', text)
     return re.sub(r'\*\*([^*]+)\*\*', r'<strong>\1</strong>', text)
 

@@ -15,7 +15,7 @@ from .core import atomic
 from .pages import Code, Page, Section, write_page
 from .results import SHORTCUTS, Study, arms, differences, disagreements, read_study, results
 
-# %% ../nbs/75_report.ipynb #3f9d550d
+# %% ../nbs/75_report.ipynb #adfc167a
 _HOW = [
     'Every number is recomputed from the prediction tables: one row per sample, with its patient or other group, its '
     'target and raw scores. Intervals resample groups, not images, class by class for class-index targets, and all arms '
@@ -43,7 +43,7 @@ def build_report(
     parts = [sections.in_short(table, gaps, baseline), sections.classification(study, table, baseline),
              sections.retrieval(study, table, baseline), sections.against_baseline(study, table, gaps, baseline),
              sections.chance(study, table), sections.training(study, baseline), sections.examples(study, baseline),
-             sections.spread(table), sections.left_out(study), sections.runs(study),
+             sections.prompts(study, baseline), sections.spread(table), sections.left_out(study), sections.runs(study),
              [Section('How the numbers are made', _HOW)]]
     tasks, say = list(dict.fromkeys(table['task'])), sections.many
     lead = (f'{say(len(study.records), "run")} of {say(len(names), "arm")} ({sections.codes(names)}) on '

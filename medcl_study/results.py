@@ -20,7 +20,7 @@ from .core import DataError, atomic, content_hash, read_json
 from .metrics import METRICS, chance_recall
 from .predictions import compare, concat_predictions, measure, read_predictions, stacked, tasks_of
 
-# %% ../nbs/71_results.ipynb #ff246a13
+# %% ../nbs/71_results.ipynb #28f5c0a6
 @dataclass(frozen=True)
 class Study:
     "What a study's folder holds."
@@ -58,14 +58,14 @@ def _mixed_code(records):
     "Say so if the runs come from different code."
     made = Counter(o.get('code', 'unknown') for o in records.values())
     if len(made) == 1: return []
-    parts = ', '.join(f'`{code}` ({count} runs)' for code, count in sorted(made.items()))
+    parts = ', '.join(f'`{code}` ({count} run{"s" * (count > 1)})' for code, count in sorted(made.items()))
     return [f'**The runs were made by {len(made)} versions of the code**: {parts}. '
             'Differences between methods may come from that alone.']
 
 
 def _codes(names): return ', '.join(f'`{o}`' for o in names)
 
-# %% ../nbs/71_results.ipynb #f2ceb351
+# %% ../nbs/71_results.ipynb #ed640b57
 SHORTCUTS = ('chance', 'majority', 'mean_colour', 'pixels')
 PROTOCOLS = {'zeroshot': 'zero-shot', 'probe': 'linear probe',
              'image_to_text': 'image → text', 'text_to_image': 'text → image'}
@@ -82,7 +82,7 @@ def protocol_order(protocols) -> list[str]:
     return sorted(dict.fromkeys(protocols), key=lambda o: (known.index(o) if o in known else len(known), o))
 
 
-_UNTRAINED = ('random_init', 'untrained')
+_UNTRAINED = {'random_init': 'untrained', 'untrained': 'untrained', 'shortcuts': 'shortcuts'} # method → arm
 _NOT_AN_ARM = {'seed', 'study', 'devices', 'workers', 'method', 'tasks', 'reports', 'data_seed'}
 
 
@@ -101,14 +101,14 @@ def arms(
     for run, settings in runs.items():
         method = settings['method']
         if method in _UNTRAINED or settings.get('epochs') == 0:
-            named[run] = Arm('untrained', '')
+            named[run] = Arm(_UNTRAINED.get(method, 'untrained'), '')
             continue
         family = [o for k, o in runs.items() if o['method'] == method and o.get('epochs') != 0]
         differ = [k for k in settings if k not in _NOT_AN_ARM and len({str(o.get(k)) for o in family}) > 1]
         named[run] = Arm(' '.join([method] + [f'{k}={settings[k]}' for k in sorted(differ)]), method)
     return named
 
-# %% ../nbs/71_results.ipynb #33fcc4d1
+# %% ../nbs/71_results.ipynb #fca158a3
 @dataclass(frozen=True)
 class Single:
     "One training (or one random start) on one task: its predictions and estimate."
@@ -127,6 +127,7 @@ def results(
     tasks, arm_of, rows, notes = tasks_of(study.predictions), arms(study.records), [], []
     for (name, protocol), part in study.predictions.groupby(['task', 'protocol'], sort=True):
         part, by_arm = part[part['prompt_set'].isin(['', tasks[name].prompt_set])], {}
+        if part.empty: continue
         frames = {key: frame for key, frame in part.groupby(['run', 'draw'], sort=True)}
         for (run, draw), frame in _same_test_set(frames, name, protocol, notes).items():
             arm = Arm(protocol, '') if protocol in SHORTCUTS else arm_of[run]

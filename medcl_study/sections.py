@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_words', 'many', 'join', 'codes', 'provenance', 'in_order', 'in_short', 'classification', 'retrieval',
-           'against_baseline', 'chance', 'training', 'examples', 'spread', 'left_out', 'runs']
+           'against_baseline', 'chance', 'training', 'examples', 'spread', 'prompts', 'left_out', 'runs']
 
 # %% ../nbs/74_sections.ipynb #78c49c9c
 import numpy as np
@@ -253,7 +253,7 @@ def examples(study: Study, baseline: str) -> list[Section]:
         blocks.append(Picture('maps', png(similarity_maps(**saved['maps'])), caption, alt))
     return [Section('Examples', blocks)]
 
-# %% ../nbs/74_sections.ipynb #d1ddb68d
+# %% ../nbs/74_sections.ipynb #582cfabf
 _TWO_PARTS = (
     'An interval over seeds has two parts. Another test set would move all seeds together (sampling); another training '
     'moves each on its own (seed). The second is the variance of the values over seeds, less the sampling noise of a '
@@ -273,6 +273,21 @@ def spread(table: pd.DataFrame) -> list[Section]:
     blocks = [_TWO_PARTS, Table(pd.DataFrame(rows), caption)] if rows else []
     small = sorted({f'`{r["task"]}`: {o}.' for r in table.to_dict('records') for o in r['cautions']})
     return [Section('How sure are these numbers?', blocks + ([small] if small else []))] if blocks or small else []
+
+
+def prompts(study: Study, baseline: str) -> list[Section]:
+    "Make the section on other wordings of the prompts, where a run was scored with several."
+    arm_of, values = arms(study.records), {}
+    for run, record in study.records.items():
+        for key, entry in record.get('tasks', {}).items():
+            task, protocol, _, *variant = key.split('/')
+            if arm_of[run].name == baseline and entry['primary'] and protocol == 'zeroshot':
+                values.setdefault(task, {}).setdefault('/'.join(variant) or 'own', []).append(entry['value'])
+    rows = [{'task': task, 'prompts': f'`{name}`', 'mean over seeds': f'{np.mean(o):.3f}',
+             'single runs': ', '.join(f'{v:.3f}' for v in o)}
+            for task, sets in sorted(values.items()) if len(sets) > 1 for name, o in sets.items()]
+    caption = f'Primary metric of `{baseline}`, zero-shot, for each wording; the figures above use the task\'s own.'
+    return [Section('How much do the prompts matter?', [Table(pd.DataFrame(rows), caption)])] if rows else []
 
 
 def left_out(study: Study) -> list[Section]:

@@ -212,7 +212,7 @@ def paired_difference(
         return replace(e, low=low, high=high, method='t', cautions=notes)
     return replace(e, cautions=notes)
 
-# %% ../nbs/51_stats.ipynb #ef41e518
+# %% ../nbs/51_stats.ipynb #87fe9f2c
 @dataclass(frozen=True)
 class SeedMean:
     "Mean over training seeds, its interval, and where the uncertainty comes from."
@@ -239,7 +239,7 @@ def mean_over_seeds(
     replicates, # (seeds, b) each training on the same resamples
     *,
     groups: int, # independent groups resampled
-    training: tuple[float, int] | None = None, # seed variance and its degrees of freedom, pooled over methods; None = own
+    training: tuple[float, int] | None = None, # seed variance pooled over methods, degrees of freedom; None = own
     bounds: tuple[float, float] = (-np.inf, np.inf), # of the metric
     level: float = .95,
 ) -> SeedMean:

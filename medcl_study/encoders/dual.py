@@ -174,7 +174,7 @@ def _views(self: DualEncoder, images, ask):
     n = len(images)
     return (Encoded(both.global_[:n], both.pooled[:n]), None if kept is None else kept[:n]), both.global_[n:]
 
-# %% ../../nbs/22_dual.ipynb #231e2695
+# %% ../../nbs/22_dual.ipynb #2ca94d3f
 def _unit(vectors, mask=None):
     "Scale to unit length in single precision; zero where `mask` is False."
     vectors = F.normalize(vectors.float(), dim=-1)
@@ -196,7 +196,7 @@ def _image(self: DualEncoder, images, mask_ratio=0.0, patches=False):
 @patch
 def _text(self: DualEncoder, ids, mask, index=None, *, words=False, sentences=False):
     "Encode tokenized texts (n, t)."
-    each, pooled = self.text(ids, mask)
+    each, pooled = self.text(ids, mask, words=words or sentences)
     found = Encoded(_unit(self.text_head(pooled)), pooled)
     if words: found.words, found.word_mask = _unit(self.text_head(each), mask), mask
     if sentences:

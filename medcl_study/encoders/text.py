@@ -53,7 +53,7 @@ def sentence_means(
     counts = member.sum(1)
     return member.transpose(1, 2) @ words / counts[..., None].clamp(min=1), counts > 0
 
-# %% ../../nbs/21_text_towers.ipynb #9b727d73
+# %% ../../nbs/21_text_towers.ipynb #5aed4000
 class TextTower(nn.Module):
     "A transformers encoder giving one vector per token and one global vector."
     def __init__(self,
@@ -70,6 +70,8 @@ class TextTower(nn.Module):
     def forward(self,
         tokens: Tensor, # (n, t) ids, padded on the right
         mask: Tensor, # (n, t) True where a token is real
+        *,
+        words: bool = True, # False: return None for them
     ): # words (n, t, width), pooled (n, width)
         "Encode texts; raises `ValueError` where they are longer than the model can read."
         lengths = mask.sum(1)
@@ -77,14 +79,16 @@ class TextTower(nn.Module):
             raise ValueError(f'texts of {t} tokens, but this tower reads at most {self.max_tokens}: lower max_tokens')
         order = lengths.argsort(stable=True)
         parts = order.split(32 if tokens.device.type == 'cpu' else len(order))
-        words = torch.cat([self._words(tokens[rows], mask[rows]) for rows in parts])[order.argsort()]
-        return words, POOLINGS[self.pooling](words, mask)
+        each, pooled = zip(*(self._part(tokens[rows], mask[rows], words) for rows in parts))
+        back = order.argsort()
+        return torch.cat(each)[back] if words else None, torch.cat(pooled)[back]
 
-    def _words(self, tokens, mask):
-        "Encode what is not padding in all of the texts; zeros stand for the rest."
+    def _part(self, tokens, mask, words):
+        "Encode what is not padding in all of the texts; in `words`, zeros stand for the rest."
         t = max(1, int(mask.sum(1).max()))
-        words = self.net(input_ids=tokens[:, :t], attention_mask=mask[:, :t]).last_hidden_state
-        return F.pad(words, (0, 0, 0, mask.shape[1] - t))
+        each = self.net(input_ids=tokens[:, :t], attention_mask=mask[:, :t]).last_hidden_state
+        pooled = POOLINGS[self.pooling](each, mask[:, :t])
+        return F.pad(each, (0, 0, 0, mask.shape[1] - t)) if words else None, pooled
 
     @property
     def options(self) -> dict:

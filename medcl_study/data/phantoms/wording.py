@@ -99,7 +99,7 @@ def pixels(canvas: np.ndarray) -> np.ndarray: # uint8 (n, h, w, channels)
     canvas = canvas[:, None] if canvas.ndim == 3 else canvas
     return np.clip(canvas*255 + np.float32(.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
-# %% ../../../nbs/11b_wording.ipynb #b9b450ff
+# %% ../../../nbs/11b_wording.ipynb #27a75e4a
 _POSITIVE = ('{grade} {c} {where}.', 'there {verb} {grade} {c} {where}.', '{c} {where}, {grade} in extent.',
              'findings of {grade} {c} {where}.', '{grade} {c} noted {where}.', 'evidence of {grade} {c} {where}.')
 _NEGATIVE = ('no {n}.', 'no {n} seen.', 'no evidence of {n}.', 'negative for {n}.', 'no sign of {n}.', 'without {n}.')
@@ -154,7 +154,8 @@ def report_of(
     normal = [o.normal for j, o in enumerate(findings) if o.normal and not truth.present[j] and j not in denied]
     normal = _shuffled(normal + list(modality.normals), u)
     if len(positive + negative + lead + extra) > 5: lead, extra = [], []
-    room = max(3 - len(positive + negative + lead + extra), int(next(u) < .5))
+    count = len(positive + negative + lead + extra)
+    room = max(3 - count, int(count < 5 and next(u) < .5))
     first = len(lead) if next(u) < .7 else len(lead + negative)
     body = positive + negative if first == len(lead) else negative + positive
     stated = [-1]*len(findings)
