@@ -7,12 +7,11 @@ __all__ = ['KINDS', 'COLUMNS', 'SCHEMA', 'Task', 'prediction_rows', 'tasks_of', 
            'write_predictions', 'read_predictions', 'concat_predictions', 'metrics_of', 'measure', 'score', 'compare',
            'mean_over_runs']
 
-# %% ../nbs/52_predictions.ipynb #cb88cebe
+# %% ../nbs/52_predictions.ipynb #5bf1c7da
 import dataclasses
 import json
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

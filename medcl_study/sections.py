@@ -42,7 +42,7 @@ def _axis(metric):
 
 def _where(row): return f'`{row["task"]}`, {protocol_name(row["protocol"])}'
 
-# %% ../nbs/74_sections.ipynb #1e5d6ecd
+# %% ../nbs/74_sections.ipynb #bb4e2306
 def provenance(
     study: Study,
     table: pd.DataFrame | None = None, # rows of `results` that are shown; None = the whole study
@@ -81,6 +81,7 @@ def _panels(table):
 def _picture(name, figure, caption, rows, *, signed=False):
     "Wrap a figure; its alternative text is its numbers."
     alt = '; '.join(f'{r["task"]} {r["arm"]} {in_words(r, signed=signed)}' for r in rows.to_dict('records'))
+    alt = alt.replace(',\N{NBSP}', ' to ').replace('[', '(').replace(']', ')')
     return Picture(name.lower().replace(' ', '-').replace('@', '-at-'), png(figure), caption, alt)
 
 
@@ -91,22 +92,28 @@ def _grid(table, caption, *, signed=False):
     columns = {task: [cells.get((task, o), '–') for o in names] for task in tasks}
     return Table(pd.DataFrame({'arm': [f'`{o}`' for o in names]} | columns), caption)
 
-# %% ../nbs/74_sections.ipynb #15f27525
-def _against_shortcuts(table, protocol, baseline):
-    "Say on which tasks the baseline arm is above, below or not apart from the best shortcut."
-    verdicts = {'above': [], 'not told apart from': [], 'below': []}
-    rows = table[(table['protocol'] == protocol) & (table['arm'] == baseline)].to_dict('records')
-    for row in rows:
+# %% ../nbs/74_sections.ipynb #b9718019
+def _verdict(low, high, reference=0):
+    "Say where an interval lies."
+    return 'above' if low > reference else 'below' if high < reference else 'not told apart from'
+
+
+def _against_floor(table, protocol, baseline):
+    "Say on which tasks the baseline arm is above, below or not apart from the best shortcut, or else from chance."
+    verdicts, rows = {}, table[(table['protocol'] == protocol) & (table['arm'] == baseline)].to_dict('records')
+    for row in [o for o in rows if not o['metric'].startswith('recall')]:
         rivals = table[(table['task'] == row['task']) & table['protocol'].isin(SHORTCUTS)]
-        if rivals.empty: continue
-        best = rivals.loc[rivals['value'].idxmax()]
-        gap = difference(row, best)
-        verdict = 'above' if gap['low'] > 0 else 'below' if gap['high'] < 0 else 'not told apart from'
-        detail = f'{in_words(row)} against {best["value"]:.3f} of `{best["arm"]}`, difference ' if len(rows) < 3 else ''
-        verdicts[verdict].append(f'`{row["task"]}` {detail}{in_words(gap, signed=True)}')
+        if rivals.empty and row['chance'] is None: continue
+        if rivals.empty: key, detail = (_verdict(row['low'], row['high'], row['chance']), 'chance'), in_words(row)
+        else:
+            best = rivals.loc[rivals['value'].idxmax()]
+            gap = difference(row, best)
+            key, detail = (_verdict(gap['low'], gap['high']), 'the best shortcut'), in_words(gap, signed=True)
+            if len(rows) < 3: detail = f'{in_words(row)} against {best["value"]:.3f} of `{best["arm"]}`, difference {detail}'
+        verdicts.setdefault(key, []).append(f'`{row["task"]}` {detail}')
     name = protocol_name(protocol).capitalize()
-    return [f'{name}: `{baseline}` is **{verdict}** the best shortcut on {many(len(o), "task")}: {"; ".join(o)}.'
-            for verdict, o in verdicts.items() if o]
+    return [f'{name}: `{baseline}` is **{verdict}** {floor} on {many(len(o), "task")}: {"; ".join(o)}.'
+            for (verdict, floor), o in verdicts.items()]
 
 
 def _times_chance(table, baseline):
@@ -151,7 +158,7 @@ def in_short(
 ) -> list[Section]:
     "Make the section that answers first."
     protocols = [o for o in protocol_order(table['protocol']) if o not in SHORTCUTS]
-    lines = [o for protocol in protocols for o in _against_shortcuts(table, protocol, baseline)]
+    lines = [o for protocol in protocols for o in _against_floor(table, protocol, baseline)]
     lines += _times_chance(table, baseline) + _gaps_in_words(gaps, baseline) + _starts_in_words(table)
     return [Section('In short', [lines])] if lines else []
 

@@ -57,7 +57,8 @@ def offline(monkeypatch):
     ('vit_base_patch16_rope_reg1_gap_256', dict(depth=2, embed_dim=64, num_heads=2), 32),
     ('resnet10t', {}, 40), ('convnext_atto', dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), 64), ('mobilenetv3_small_050', {}, 33),
     ('swin_tiny_patch4_window7_224', dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)), 64),
-    ('resnet50_clip', {}, 64), ('vit_tiny_p8', {}, 24), ('cnn_small', {}, 48)])
+    ('resnet50_clip', {}, 64), ('vit_tiny_p8', {}, 24),
+    ('vit_stem_p8', dict(embed_dim=64), 24), ('cnn_small', {}, 48)])
 def test_image_towers_of_any_family(name, options, size):
     tower = image_tower(name, image_size=size, options=options).eval()
     images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
@@ -127,6 +128,22 @@ def test_dropped_patches_never_enter_the_first_block(name, options, prefix):
         assert not torch.allclose(tower(changed)[1], tower(x)[1])
         close(tower(x, torch.arange(16).expand(3, -1))[0], tower(x)[0])
     assert tower.net.patch_drop.keep is None
+
+
+def test_a_convolutional_stem_sees_the_image_and_the_blocks_only_the_kept_patches():
+    tower = image_tower('vit_stem_p8', image_size=32, channels=1).eval()
+    net, x, keep, seen = tower.net, torch.randn(2, 1, 32, 32), random_keep(2, 16, ratio=.5), []
+    net.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        patches, pooled = tower(x, keep)
+        tokens = net.patch_embed(x) + net.pos_embed
+        tokens = net.blocks(torch.stack([tokens[i, keep[i]] for i in range(2)]))
+    assert seen == [8, 8]
+    close(pooled, net.fc_norm(tokens.mean(1)))
+    close(patches, net.fc_norm(tokens))
+    first = {k for k, p in net.named_parameters() if any(p is o for o in tower.groups()[0])}
+    assert first == {k for k, _ in net.named_parameters() if k.startswith(('patch_embed', 'pos_embed'))}
+    with pytest.raises(ValueError, match='patches of 8 pixels, not 36'): image_tower('vit_stem_p8', image_size=36)
 
 
 def test_patches_are_dropped_after_the_positional_embedding():
@@ -605,7 +622,7 @@ def test_settings_are_strict_and_names_are_checked():
     with pytest.raises(ValueError, match="head 'conv': expected one of linear, bias, mlp, none"): make(image_head='conv')
     with pytest.raises(ValueError, match="head 'none' needs a tower of the joint width 12, this one has 96"): make(image_head='none')
     with pytest.raises(ValueError, match='has no tokenizer'): DualEncoder(CONFIG).encode_text(['x'])
-    assert set(IMAGE_TOWERS) >= {'vit_small_p8', 'vit_tiny_p8', 'cnn_small'} and set(TEXT_TOWERS) == {'minilm', 'minilm_2', 'bert_tiny'}
+    assert set(IMAGE_TOWERS) >= {'vit_small_p8', 'vit_tiny_p8', 'vit_stem_p8', 'cnn_small'} and set(TEXT_TOWERS) == {'minilm', 'minilm_2', 'bert_tiny'}
     assert image_tower('vit_small_p8', image_size=64).width == 192
 
 

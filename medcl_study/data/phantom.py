@@ -25,8 +25,9 @@ from .phantoms.histology import HISTOLOGY
 from .phantoms.ultrasound import ULTRASOUND
 from .phantoms.wording import pixels, questions_of, report_of, scene_of, truth_of
 
-# %% ../../nbs/11_phantom.ipynb #4f6562f7
-MODALITIES = {'chest': CHEST, 'ct': CT, 'histology': HISTOLOGY, 'fundus': FUNDUS, 'ultrasound': ULTRASOUND, 'dermoscopy': DERMOSCOPY}
+# %% ../../nbs/11_phantom.ipynb #2d21836d
+MODALITIES = {'chest': CHEST, 'ct': CT, 'histology': HISTOLOGY, 'fundus': FUNDUS, 'ultrasound': ULTRASOUND,
+              'dermoscopy': DERMOSCOPY}
 
 # %% ../../nbs/11_phantom.ipynb #4d117916
 _BLOCKS = np.array([(0, 1, 2, 3), (0, 0, 1, 2), (0, 1, 1, 2), (0, 1, 1, 1), (0, 0, 1, 1)])
@@ -38,7 +39,7 @@ def _patients(key, index): # (n,) → (n,)
     which = Draws(key, block, block).uniform('patients', 0, len(_BLOCKS))[:, 0].astype(int)
     return 4*block + _BLOCKS[which, slot]
 
-# %% ../../nbs/11_phantom.ipynb #58ac7c33
+# %% ../../nbs/11_phantom.ipynb #40168f83
 @dataclass(frozen=True)
 class Knobs:
     "How hard the pairs are; each is part of what a phantom is a function of."
@@ -49,7 +50,8 @@ class Knobs:
 
     def __post_init__(self):
         for name, most in (('noise', 10), ('findings_per_image', 5), ('wording', 1), ('incompleteness', 1)):
-            if not 0 <= getattr(self, name) <= most: raise ValueError(f'{name} is {getattr(self, name)}; expected 0 to {most}')
+            value = getattr(self, name)
+            if not 0 <= value <= most: raise ValueError(f'{name} is {value}; expected 0 to {most}')
 
 
 class PhantomCorpus(Corpus):
@@ -65,8 +67,9 @@ class PhantomCorpus(Corpus):
     ):
         names = tuple(MODALITIES) if modality == 'mixed' else (modality,)
         classes = tuple(dict.fromkeys(c for o in names for c in MODALITIES[o].classes))
-        self.modality, self.index, self.size, self.seed, self.knobs = modality, np.asarray(index, np.int64), size, seed, knobs
-        self.part, self.names, self.classes, self.name, self.source = split, names, classes, f'phantom-{modality}', 'phantom'
+        self.modality, self.index, self.size, self.seed = modality, np.asarray(index, np.int64), size, seed
+        self.part, self.knobs, self.names, self.classes = split, knobs, names, classes
+        self.name, self.source = f'phantom-{modality}', 'phantom'
         self.channels = max(MODALITIES[o].channels for o in names)
         self.root = self.pixels = None
         self.report = pd.DataFrame(columns=['file', 'row', 'what', 'remedy'])
@@ -84,9 +87,9 @@ class PhantomCorpus(Corpus):
         row, (sentences, stated, questions) = self.frame.iloc[i], self._told[i]
         regions = tuple(Region(c, j, mask=masks[0, k], box=_box(masks[0, k])) for c, j in stated.items()
                         for k in (self.classes.index(c),))
-        return Sample(id=row.id, image=image[0, ..., 0] if self.channels == 1 else image[0], text=row.text, sentences=tuple(sentences),
-                      labels=row.labels, regions=regions, questions=questions, group=row.group, split=row.split, source=self.source,
-                      modality=row.modality)
+        return Sample(id=row.id, image=image[0, ..., 0] if self.channels == 1 else image[0], text=row.text,
+                      sentences=tuple(sentences), labels=row.labels, regions=regions, questions=questions,
+                      group=row.group, split=row.split, source=self.source, modality=row.modality)
 
     def _parts(self, rows):
         "Yield (modality's name, positions among `rows`, draws) for each modality that occurs."
@@ -106,7 +109,8 @@ class PhantomCorpus(Corpus):
         for name, at, draws in self._parts(rows):
             for i in range(0, len(at), step):
                 piece, modality = draws[i:i + step], MODALITIES[name]
-                scene = scene_of(modality, piece, truth_of(modality, piece, self.knobs.findings_per_image), self.size, self.knobs.noise)
+                truth = truth_of(modality, piece, self.knobs.findings_per_image)
+                scene = scene_of(modality, piece, truth, self.size, self.knobs.noise)
                 images[at[i:i + step]] = pixels(modality.draw(scene))
                 for c, (have, mask) in scene.masks.items() if masks else ():
                     found[at[i:i + step][have], self.classes.index(c)] = mask
@@ -167,7 +171,8 @@ class PhantomCorpus(Corpus):
 
     def select(self, rows) -> 'PhantomCorpus':
         "Keep the rows named by positions or a boolean mask, in that order."
-        return PhantomCorpus(self.modality, self.index[rows], size=self.size, seed=self.seed, split=self.part, knobs=self.knobs)
+        return PhantomCorpus(self.modality, self.index[rows], size=self.size, seed=self.seed, split=self.part,
+                             knobs=self.knobs)
 
     def split(self, name: str) -> 'PhantomCorpus':
         "Return the corpus itself if it is of that split; raises `DataError` if not."
@@ -202,9 +207,10 @@ def phantom_corpus(
     split: str = 'train', # 'train', 'valid' or 'test'; patients differ
     **knobs, # see `Knobs`
 ) -> PhantomCorpus:
-    "Make a corpus whose pairs are pure functions of (modality, seed, split, index, knobs); raises `ValueError`, `TypeError`."
-    if modality not in (*MODALITIES, 'mixed'): raise ValueError(f"unknown modality {modality!r}; known are {[*MODALITIES, 'mixed']}")
-    if split not in ('train', 'valid', 'test'): raise ValueError(f"split is {split!r}; expected 'train', 'valid' or 'test'")
+    "Make pairs that are pure functions of (modality, seed, split, index, knobs); raises `ValueError` and `TypeError`."
+    known, splits = (*MODALITIES, 'mixed'), ('train', 'valid', 'test')
+    if modality not in known: raise ValueError(f'unknown modality {modality!r}; known are {known}')
+    if split not in splits: raise ValueError(f'split is {split!r}; expected one of {splits}')
     if n < 1 or size < 32: raise ValueError(f'n is {n} and size {size}; expected at least 1 pair and 32 pixels')
     if unknown := set(knobs) - {f.name for f in fields(Knobs)}:
         raise TypeError(f'unknown knobs {sorted(unknown)}; known are {[f.name for f in fields(Knobs)]}')

@@ -13,7 +13,7 @@ import numpy as np
 from .drawing import blend, ellipse, ridge, superellipse, union
 from .wording import HERE, SIDES, Finding, Modality, prompts
 
-# %% ../../../nbs/11c_chest.ipynb #586abede
+# %% ../../../nbs/11c_chest.ipynb #ed3b9c5c
 def _chest_wall(s, b):
     "Soft tissue, cut at the shoulders and the neck."
     x, y, b.across = s.x, s.y, np.abs(s.x)
@@ -33,7 +33,8 @@ def _lungs(s, b):
     b.pleura = superellipse(b.across, y, b.lung_x, b.lung_y, b.lung_rx, b.lung_ry)
     b.lateral = (b.across - b.lung_x)/b.lung_rx
     breath = s.u('breath', -.10, .10) + s.p('depth', -.06, .08)
-    b.diaphragm = np.minimum(.55 + breath + (x > 0)*s.p('left dome', .01, .10), b.lung_y + .8*b.lung_ry) + .13*(b.lateral + .15)**2
+    level = np.minimum(.55 + breath + (x > 0)*s.p('left dome', .01, .10), b.lung_y + .8*b.lung_ry)
+    b.diaphragm = level + .13*(b.lateral + .15)**2
     b.lung = s.soft(np.maximum(b.pleura, y - b.diaphragm), .02)
     b.canvas = blend(b.canvas, b.lung, s.u('lung level', .14, .30) + .03*s.smooth('haze', 3) + .05*y)
     _bones(s, b)
@@ -71,14 +72,15 @@ def _mediastinum(s, b):
     stomach = s.soft(ellipse(x, y, .45*b.wide, floor + .2, .15, .07), .05)*s.coin('stomach bubble', .5)
     b.canvas += b.torso*(.05*spine - .12*airway) - .2*stomach
 
-# %% ../../../nbs/11c_chest.ipynb #743b7060
+# %% ../../../nbs/11c_chest.ipynb #5ceb7660
 def _effusion(s, b):
     "Fluid at the lung base, its surface rising toward the side: the angle is blunted."
     for rows, f in s.having('pleural effusion'):
         floor = b.diaphragm[rows]
         top = floor.min((1, 2), keepdims=True) - .02 - .36*f.extent - .16*np.clip(b.lateral[rows], -.6, 1)**3
         toward = np.where(f.at_x == 0, b.across[rows], f.x*f.at_x)
-        fluid = f.soft(b.pleura[rows] - .01, .02)*f.soft(.16 - toward, .03)*f.soft(top - f.y, .05)*f.soft(f.y - floor - .06, .05)
+        fluid = f.soft(b.pleura[rows] - .01, .02)*f.soft(.16 - toward, .03)
+        fluid = fluid*f.soft(top - f.y, .05)*f.soft(f.y - floor - .06, .05)
         b.canvas[rows] = blend(b.canvas[rows], fluid, f.u('effusion level', .60, .72))
         s.mark('pleural effusion', fluid)
 
@@ -101,8 +103,8 @@ def _consolidation(s, b):
     for rows, f in s.having('consolidation'):
         r = .15 + .12*f.extent
         cx, cy = f.at_x*b.lung_x[rows] + f.u('opacity x', -.06, .06), -.10 + .36*f.at_y + f.u('opacity y', -.08, .08)
-        d = ellipse(f.x, f.y, cx, cy, r, r*f.u('opacity aspect', .8, 1.2)) + .5*r*np.minimum(f.clouds('opacity border', 6), .8)
-        cover = f.soft(d, .10)*b.lung[rows]
+        d = ellipse(f.x, f.y, cx, cy, r, r*f.u('opacity aspect', .8, 1.2))
+        cover = f.soft(d + .5*r*np.minimum(f.clouds('opacity border', 6), .8), .10)*b.lung[rows]
         value = f.u('opacity level', .54, .68) - .24*ridge(f.smooth('bronchogram', 9), .25)
         b.canvas[rows] = blend(b.canvas[rows], .95*cover, value)
         s.mark('consolidation', cover)
@@ -131,7 +133,7 @@ def _nodule(s, b):
         b.canvas[rows] = blend(b.canvas[rows], .95*cover, f.u('nodule level', .56, .74))
         s.mark('nodule', cover)
 
-# %% ../../../nbs/11c_chest.ipynb #39088b9d
+# %% ../../../nbs/11c_chest.ipynb #4c762125
 def _devices(s, b):
     "Electrodes and a central line."
     x, y = s.many('electrode x', 3, -.75, .75), s.many('electrode y', 3, -.6, .6)
@@ -145,7 +147,8 @@ def _devices(s, b):
 def _expose(s, b):
     "Uneven exposure, contrast, grain, and inverted grays in one image of seven."
     out = b.canvas + s.x*s.u('slope x', -.12, .12) + s.y*s.u('slope y', -.12, .12)
-    out = (out - .5)*s.u('contrast', .75, 1.15) + .5 + s.u('gain', -.08, .08) + s.grain('grain')*s.u('grain level', .01, .035)
+    out = (out - .5)*s.u('contrast', .75, 1.15) + .5 + s.u('gain', -.08, .08)
+    out = out + s.grain('grain')*s.u('grain level', .01, .035)
     return out + s.coin('inverted', .15)*(1 - 2*out)
 
 
@@ -153,17 +156,18 @@ def draw_chest(s): # float32 (n, h, w)
     "Draw frontal chest radiographs."
     s.pose()
     b = SimpleNamespace(wide=s.p('width', .88, 1.06))
-    for part in (_chest_wall, _lungs, _mediastinum, _effusion, _pneumothorax, _consolidation, _atelectasis, _nodule, _devices):
-        part(s, b)
+    for part in (_chest_wall, _lungs, _mediastinum, _effusion, _pneumothorax, _consolidation, _atelectasis, _nodule,
+                 _devices): part(s, b)
     return _expose(s, b)
 
-# %% ../../../nbs/11c_chest.ipynb #44f299c8
+# %% ../../../nbs/11c_chest.ipynb #c713a427
 ZONES = {f'{s} {z} zone': (f'in the {s} {z} zone', x, y)
          for s, x in (('right', -1), ('left', 1)) for z, y in (('upper', -1), ('mid', 0), ('lower', 1))}
 
 CHEST = Modality('frontal chest radiograph', 1, draw_chest, (
     Finding('cardiomegaly', 'is', HERE, ('mild', 'moderate', 'marked'), ('cardiac enlargement',),
-            ('the heart is {grade}ly enlarged.', '{grade} cardiomegaly with an increased cardiothoracic ratio.'), 'Heart size is normal.'),
+            ('the heart is {grade}ly enlarged.', '{grade} cardiomegaly with an increased cardiothoracic ratio.'),
+            'Heart size is normal.'),
     Finding('pleural effusion', 'is a', SIDES | {'bilateral': ('on both sides', 0, 0)}, also=('effusion',),
             says=('{grade} {p} pleural effusion.', 'the costophrenic angle {where} is blunted by a {grade} effusion.'),
             normal='The costophrenic angles are sharp.'),
@@ -172,15 +176,16 @@ CHEST = Modality('frontal chest radiograph', 1, draw_chest, (
     Finding('consolidation', 'is', ZONES, ('patchy', 'moderate', 'dense'), ('airspace opacity',),
             ('{grade} airspace opacity with air bronchograms {where}.', '{p} consolidation, {grade}.')),
     Finding('nodule', 'is a', ZONES, also=('pulmonary nodule',), mm=(20, 38),
-            says=('{mm} mm nodule {where}.', 'round {mm} mm opacity projects {where}.', '{p} nodule measuring {mm} mm.')),
+            says=('{mm} mm nodule {where}.', 'round {mm} mm opacity projects {where}.',
+                  '{p} nodule measuring {mm} mm.')),
     Finding('atelectasis', 'is', ZONES, ('minor', 'moderate', 'marked'), ('subsegmental collapse',),
             ('linear bands of atelectasis {where}.', '{p} subsegmental atelectasis, {grade}.')),
 ), (
-    'PA view.', 'AP view of the chest.', 'Comparison: none.', 'Indication: shortness of breath.', 'Indication: cough and fever.',
-    'Indication: query {n}.', 'History of {n}.', 'Rule out {n}.',
+    'PA view.', 'AP view of the chest.', 'Comparison: none.', 'Indication: shortness of breath.',
+    'Indication: cough and fever.', 'Indication: query {n}.', 'History of {n}.', 'Rule out {n}.',
 ), (
-    'The bony thorax is intact.', 'The trachea is midline.', 'Mediastinal contours are unremarkable.', 'No acute osseous abnormality.',
-    'The upper abdomen is unremarkable.',
+    'The bony thorax is intact.', 'The trachea is midline.', 'Mediastinal contours are unremarkable.',
+    'No acute osseous abnormality.', 'The upper abdomen is unremarkable.',
 ), {
     'electrodes': (.3, 'ECG electrodes overlie the chest.', ''), 'line': (.25, 'A central line is in place.', ''),
     'inverted': (.15, 'Shown with inverted grays.', ''),

@@ -35,7 +35,7 @@ def _lesion(s, b):
     half = s.soft((s.x - b.x)*np.cos(turn) + (s.y - b.y)*np.sin(turn) - s.u('half at', -.3, .3), .08)
     b.pigment = b.lesion*(s.u('pigment', .25, 1.) + .16*s.clouds('mottle', 4))*(1 + half*s.u('second tone', -.3, .5))
 
-# %% ../../../nbs/11h_dermoscopy.ipynb #eb608ab6
+# %% ../../../nbs/11h_dermoscopy.ipynb #46a91005
 def _placed(s, b, name, reach):
     "Yield, once if any image has the finding, its rows and its scene with a centre inside the lesion."
     for rows, f in s.having(name):
@@ -47,7 +47,7 @@ def _placed(s, b, name, reach):
 def _dots(f, name, least, most, low, high, spread, edge):
     "Stamp `least` to `most` dots, by extent, over a disc around the centre."
     t, r = f.many(name + ' t', most, 0, 2*np.pi), spread*np.sqrt(f.many(name + ' d', most))
-    size = np.where(np.arange(most) < least + (most - least)*f.extent[:, :, 0], f.many(name + ' r', most, low, high), np.float32(-1))
+    size = f.many(name + ' r', most, low, high)*(np.arange(most) < least + (most - least)*f.extent[:, :, 0])
     return f.stamps(f.cx[:, :, 0] + r*np.cos(t), f.cy[:, :, 0] + r*np.sin(t), size, edge=edge)
 
 
@@ -75,8 +75,8 @@ def _streaks(s, b):
     "Radial lines at the border, starting where the lesion ends."
     for rows, f in s.having('streaks'):
         m, cx, cy, r = 12, b.x[rows][:, :, 0], b.y[rows][:, :, 0], .98*b.r[rows][:, :, 0]
-        t = np.arctan2(f.at_y, f.at_x)[:, :, 0] + (np.arange(m, dtype=np.float32) - 5.5)*f.many('streak gap', 1, .11, .15)
-        t = t + f.many('streak turn', m, -.05, .05)
+        t = (np.arange(m, dtype=np.float32) - 5.5)*f.many('streak gap', 1, .11, .15)
+        t = np.arctan2(f.at_y, f.at_x)[:, :, 0] + t + f.many('streak turn', m, -.05, .05)
         x, y = f.on_screen(cx + r*np.cos(t), cy + r*np.sin(t))
         column, row = (np.clip((o + 1)/s.px, 0, s.size - 1).astype(int) for o in (x, y))
         r = r - b.d[rows][np.arange(len(rows))[:, None], row, column]
@@ -101,7 +101,8 @@ def _ulceration(s, b):
     "A raw, wet crater with a crusted rim."
     for rows, f in _placed(s, b, 'ulceration', .36):
         r = .16 + .12*f.extent
-        d = ellipse(f.x, f.y, f.cx, f.cy, r, r*f.u('ulcer aspect', .7, 1.2), f.u('ulcer turn', 0, 3)) + .05*np.minimum(f.clouds('ulcer', 7), 1.5)
+        d = ellipse(f.x, f.y, f.cx, f.cy, r, r*f.u('ulcer aspect', .7, 1.2), f.u('ulcer turn', 0, 3))
+        d = d + .05*np.minimum(f.clouds('ulcer', 7), 1.5)
         cover, raw = f.soft(d, .02), f.clouds('raw', 9)
         part = blend(b.rgb[rows], cover[:, None], b.skin[rows]*_rgb(.72, .30, .22)*(1 + .25*raw)[:, None])
         part = blend(part, .8*f.soft(np.abs(d) - .022, .02)[:, None], _rgb(.80, .62, .30))
@@ -116,7 +117,7 @@ def _milia(s, b):
         b.rgb[rows] = blend(b.rgb[rows], .85*cover[:, None], .3*b.skin[rows] + _rgb(.68, .66, .58))
         s.mark('milia-like cysts', cover)
 
-# %% ../../../nbs/11h_dermoscopy.ipynb #86731a17
+# %% ../../../nbs/11h_dermoscopy.ipynb #238db4fb
 def _hairs_and_ink(s, b):
     "Hairs along one direction, air bubbles, and strokes of a skin marker around the lesion."
     turn = s.many('hair turn', 1, 0, np.pi) + s.many('hair spread', 7, -.6, .6)
@@ -127,10 +128,12 @@ def _hairs_and_ink(s, b):
     b.rgb *= 1 - (hair*s.u('hair ink', .5, .9))[:, None]*_rgb(.80, .85, .88)
     marks = curve(s.many('ink x', 2, -1, 1), s.many('ink y', 2, -1, 1), s.many('ink turn', 2, 0, 2*np.pi),
                   s.many('ink length', 2, .3, .9), s.many('ink bend', 2, -1, 1), 6, .06, .06)
-    ink = strokes(s.size, marks, scale=s.coin('ink', .3)[:, :, 0]*s.many('ink width', 1, .7, 2.), edge=.04)*(1 - .85*b.lesion)
-    b.rgb = blend(b.rgb, (ink*s.u('ink alpha', .4, .8))[:, None], _rgb(.42, .45, .72)*s.u('ink tone', .7, 1.2)[:, None])
+    ink = strokes(s.size, marks, scale=s.coin('ink', .3)[:, :, 0]*s.many('ink width', 1, .7, 2.), edge=.04)
+    ink = ink*(1 - .85*b.lesion)*s.u('ink alpha', .4, .8)
+    b.rgb = blend(b.rgb, ink[:, None], _rgb(.42, .45, .72)*s.u('ink tone', .7, 1.2)[:, None])
     count = s.many('bubble count', 1, 1, 4.5)*s.coin('bubbles', .4)[:, :, 0]
-    x, y, r = s.many('bubble x', 4, -1, 1), s.many('bubble y', 4, -1, 1), np.where(np.arange(4) < count, s.many('bubble r', 4, .03, .09), np.float32(-1))
+    x, y = s.many('bubble x', 4, -1, 1), s.many('bubble y', 4, -1, 1)
+    r = s.many('bubble r', 4, .03, .09)*(np.arange(4) < count)
     b.rgb += .22*np.clip(stamps(s.size, x, y, r) - stamps(s.size, x, y, r - np.float32(.02)), 0, 1)[:, None]
 
 

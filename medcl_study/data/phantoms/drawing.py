@@ -139,8 +139,8 @@ def union(a, b, k):
     h = np.clip(.5 + (b - a)/(2*k), 0, 1)
     return b + (a - b)*h - k*h*(1 - h)
 
-# %% ../../../nbs/11a_drawing.ipynb #5658973e
-def _patches(size, x, y, radius, edge, aspect, length, angle):
+# %% ../../../nbs/11a_drawing.ipynb #805a3f87
+def _patches(size, edge, x, y, radius, aspect, length, angle):
     "Coverage of each piece on a square of pixels around it: (row, column, reach, cover), for 1-d inputs."
     px = np.float32(2/size)
     reach = int(np.ceil((np.maximum(radius*aspect, radius + length).max() + max(edge, px)/2)/px)) + 1
@@ -181,7 +181,7 @@ def stamps(
     seen = (radius > 0) & (np.abs(x) < far) & (np.abs(y) < far)
     if not seen.any(): return np.zeros((n, size, size), np.float32)
     image = np.nonzero(seen)[0]
-    row, column, reach, cover = _patches(size, *(o[seen] for o in (x, y, radius)), edge, *(o[seen] for o in (aspect, length, angle)))
+    row, column, reach, cover = _patches(size, edge, *(o[seen] for o in (x, y, radius, aspect, length, angle)))
     if (weight != 1).any(): cover *= weight[seen][:, None, None]
     pad = 2*reach
     wide, step = size + 2*pad, np.arange(-reach, reach + 1)
@@ -211,7 +211,7 @@ def strokes(size: int, pieces, *, scale=1., edge=0.) -> np.ndarray: # float32 (n
     x, y, angle, length, radius = (o.reshape(len(o), -1) for o in pieces)
     return stamps(size, x, y, radius*scale, length=length, angle=angle, edge=edge)
 
-# %% ../../../nbs/11a_drawing.ipynb #868500ed
+# %% ../../../nbs/11a_drawing.ipynb #ad7770ec
 class Scene:
     "One batch of images being drawn: named numbers, posed coordinates, and the masks of the findings."
     def __init__(self,
@@ -274,7 +274,7 @@ class Scene:
         return stamps(self.size, *self.on_screen(x, y), radius, angle=angle*up + a, **kwargs)
 
     def having(self, name):
-        "Yield (rows, scene of those rows) once if any image has the finding; `at_x`, `at_y`, `extent` are (rows, 1, 1)."
+        "Yield, once if any image has the finding, (rows, scene of those rows with `at_x`, `at_y` and `extent`)."
         rows, x, y, extent = self.findings[name]
         if not len(rows): return
         part = Scene(self.draws[rows], self.size, {}, noise=self.noise)

@@ -13,7 +13,7 @@ import numpy as np
 from .drawing import blend, curve, ellipse
 from .wording import HERE, Finding, Modality, prompts
 
-# %% ../../../nbs/11f_fundus.ipynb #8a635b7b
+# %% ../../../nbs/11f_fundus.ipynb #c64d453d
 def _rgb(*values): return np.array(values, np.float32)[:, None, None]
 
 
@@ -25,7 +25,8 @@ def _paint(b, cover, colour, rows=slice(None)):
 def _retina(s, b):
     "Pigment of the patient under uneven light, and the darker macula."
     x, y, pigment = s.x, s.y, s.p('pigment')
-    b.base = np.stack([.60 + .22*s.p('red'), .25 + .20*s.p('green')*(1 - .4*pigment), .09 + .17*s.p('blue')*(1 - .5*pigment)], 1)
+    green, blue = .25 + .20*s.p('green')*(1 - .4*pigment), .09 + .17*s.p('blue')*(1 - .5*pigment)
+    b.base = np.stack([.60 + .22*s.p('red'), green, blue], 1)
     b.tone = 1 + .10*s.clouds('choroid', 5) + .14*s.smooth('exposure', 2) - .25*s.u('vignette')*(x*x + y*y)
     b.tone = b.tone + s.u('uneven x', -.25, .25)*x + s.u('uneven y', -.2, .2)*y
     b.tone = b.tone*(1 - np.exp(-(x*x + (y - .05)**2)/s.p('macula r', .16, .24)**2)*s.u('macula', .25, .5))
@@ -59,12 +60,12 @@ def _arcades(s, b):
             pieces.append(curve(main[0][:, :, j], main[1][:, :, j], start + turn + bend*j/24 + off + .35*np.sign(off),
                                 s.many(f'twig length {k}{j}', 4, .25, .6), -off, 8, .6*width, .25*width))
     x, y, angle, half, r = (np.concatenate([o[i].reshape(len(s), -1) for o in pieces], 1) for i in range(5))
-    eye = b.eye[:, :, 0]
-    vessels = s.stamps(b.disc_x[:, :, 0] + eye*x, b.disc_y[:, :, 0] + y, r*s.p('calibre', .85, 1.2)[:, :, 0], length=half, angle=angle*eye)
+    eye, dx, dy, calibre = (o[:, :, 0] for o in (b.eye, b.disc_x, b.disc_y, s.p('calibre', .85, 1.2)))
+    vessels = s.stamps(dx + eye*x, dy + y, r*calibre, length=half, angle=angle*eye)
     ink = vessels*s.u('vessel ink', .7, 1)*(1 - .6*b.cup)
     b.rgb *= 1 - ink[:, None]*_rgb(.50, .70, .65)
 
-# %% ../../../nbs/11f_fundus.ipynb #598df835
+# %% ../../../nbs/11f_fundus.ipynb #a8f49d09
 def _places(s, b, name):
     "Yield, once if any image has the finding, its rows and its scene with a centre in the asked quadrant."
     for rows, f in s.having(name):
@@ -80,8 +81,8 @@ def _around(f, name, count, spread):
 
 
 def _sizes(f, name, least, most, low, high):
-    "Radii for `least` to `most` pieces, by extent; -1 for those left out."
-    return np.where(np.arange(most) < least + (most - least)*f.extent[:, :, 0], f.many(name, most, low, high), np.float32(-1))
+    "Radii for `least` to `most` pieces, by extent; 0 for those left out."
+    return f.many(name, most, low, high)*(np.arange(most) < least + (most - least)*f.extent[:, :, 0])
 
 
 def _drusen(s, b):
@@ -100,7 +101,8 @@ def _laser_scars(s, b):
         k = np.arange(25)
         gx, gy = (k % 5 - 2 + .5*(k//5 % 2)).astype(np.float32), (k//5 - 2).astype(np.float32)
         step = f.many('scar step', 1, .13, .15)
-        x, y = (c[:, :, 0] + g*step + f.many(f'scar {o}', 25, -.02, .02) for o, c, g in (('x', f.cx, gx), ('y', f.cy, gy)))
+        x, y = (c[:, :, 0] + g*step + f.many(f'scar {o}', 25, -.02, .02)
+                for o, c, g in (('x', f.cx, gx), ('y', f.cy, gy)))
         r = np.where(np.hypot(gx, gy) < 1.2 + 1.3*f.extent[:, :, 0], np.float32(.048), np.float32(-1))
         scar = f.stamps(x, y, r)
         _paint(b, .8*scar, _rgb(.95, .80, .52), rows)
@@ -138,15 +140,16 @@ def _exudates(s, b):
         _paint(b, cover, _rgb(1.0, .92, .45), rows)
         s.mark('hard exudates', cover)
 
-# %% ../../../nbs/11f_fundus.ipynb #729f1828
+# %% ../../../nbs/11f_fundus.ipynb #a1c1a3a4
 def _camera(s, b):
     "White balance, reflex, contrast, grain, and the round field cut above and below."
     b.rgb *= s.many('balance', 3, .88, 1.12)[:, :, None, None]
-    reflex = np.exp(-((s.x - s.u('reflex x', -.6, .6))**2 + (s.y - s.u('reflex y', -.6, .6))**2)/s.u('reflex r', .15, .45)**2)
-    light = s.u('reflex', 0, .25)*reflex + s.grain('grain')*s.u('grain level', .01, .03)
+    away = (s.x - s.u('reflex x', -.6, .6))**2 + (s.y - s.u('reflex y', -.6, .6))**2
+    light = s.u('reflex', 0, .25)*np.exp(-away/s.u('reflex r', .15, .45)**2)
+    light = light + s.grain('grain')*s.u('grain level', .01, .03)
     contrast, t = s.u('contrast', .75, 1.15), s.axis
-    field = np.maximum(np.sqrt(t*t + (t*t)[:, None]) - s.u('field r', .96, 1.06), np.abs(t)[:, None] - s.u('crop', .86, 1.1))
-    field = s.soft(field, .02)
+    outside = np.sqrt(t*t + (t*t)[:, None]) - s.u('field r', .96, 1.06)
+    field = s.soft(np.maximum(outside, np.abs(t)[:, None] - s.u('crop', .86, 1.1)), .02)
     b.rgb *= (contrast*field)[:, None]
     return b.rgb + (field*(light + .35*(1 - contrast) + s.u('gain', -.05, .07)) + .02)[:, None]
 
@@ -159,7 +162,7 @@ def draw_fundus(s): # float32 (n, 3, h, w)
     for part in (_retina, _disc, _arcades, _drusen, _laser_scars, _cotton_wool, _hemorrhages, _exudates): part(s, b)
     return _camera(s, b)
 
-# %% ../../../nbs/11f_fundus.ipynb #640ea13c
+# %% ../../../nbs/11f_fundus.ipynb #26d50b98
 RETINA = {f'{v} {h}': (f'in the {v} {h} quadrant', x, y)
           for v, y in (('superior', -1), ('inferior', 1)) for h, x in (('temporal', -1), ('nasal', 1))}
 
@@ -168,18 +171,19 @@ FUNDUS = Modality('color fundus photograph', 3, draw_fundus, (
             ('{grade} blot hemorrhages {where}.', 'dark red blots {where}.')),
     Finding('hard exudates', 'are', RETINA, ('few', 'several', 'many'), ('exudates',),
             ('{grade} exudates in a ring {where}.', 'circinate exudates {where}.')),
-    Finding('cotton-wool spots', 'are', RETINA, ('single', 'two', 'several'), ('nerve fiber layer infarcts',),
+    Finding('cotton-wool spots', 'are', RETINA, ('isolated', 'paired', 'multiple'), ('nerve fiber layer infarcts',),
             ('{grade} fluffy white patches {where}.', 'cotton-wool spots {where}.')),
     Finding('laser scars', 'are', RETINA, ('few', 'several', 'many'), ('photocoagulation marks',),
             ('{grade} pigmented laser marks {where}.', 'regular rows of photocoagulation scars {where}.')),
     Finding('drusen', 'are', {'macula': ('at the macula', 0, 0)}, ('few', 'several', 'many'), ('macular drusen',),
             ('{grade} soft drusen {where}.', 'clustered yellow deposits {where}.'), 'The macula is flat.'),
     Finding('optic disc cupping', 'is', HERE, ('mild', 'moderate', 'marked'), ('glaucomatous cupping',),
-            ('{grade}ly increased cup-to-disc ratio.', 'large pale cup, {grade} glaucomatous cupping.'), 'Cup-to-disc ratio is normal.'),
+            ('{grade}ly increased cup-to-disc ratio.', 'large pale cup, {grade} glaucomatous cupping.'),
+            'Cup-to-disc ratio is normal.'),
 ), (
-    'Color fundus photograph.', 'Dilated examination.', 'Diabetic screening.', 'Annual review.', 'Known {n}.', 'Referred for {n}.',
-    'To exclude {n}.',
+    'Color fundus photograph.', 'Dilated examination.', 'Diabetic screening.', 'Annual review.', 'Known {n}.',
+    'Referred for {n}.', 'To exclude {n}.',
 ), (
-    'Vessels are of normal calibre.', 'Media are clear.', 'The foveal reflex is preserved.', 'The peripheral retina is attached.',
-    'Disc margins are distinct.',
+    'Vessels are of normal calibre.', 'Media are clear.', 'The foveal reflex is preserved.',
+    'The peripheral retina is attached.', 'Disc margins are distinct.',
 ), {'left eye': (.5, 'Left eye.', 'Right eye.')}, prompts('fundus photograph'))

@@ -13,41 +13,46 @@ import numpy as np
 from .drawing import blend, ellipse, ridge
 from .wording import QUADRANTS, Finding, Modality, prompts
 
-# %% ../../../nbs/11e_histology.ipynb #91bc85bc
+# %% ../../../nbs/11e_histology.ipynb #9ee4d10b
 def _stroma(s, b):
-    "Wavy fibres along one direction, haze, retraction clefts, and perhaps a small vessel."
+    "Wavy fibres along one direction, haze, retraction clefts, and perhaps small vessels."
     x, y, b.lean = s.x, s.y, s.u('lean', 0, np.pi)
-    wave = (x*np.sin(b.lean) + y*np.cos(b.lean))*s.u('fibre rate', 22, 34) + .9*s.smooth('flow', 3)*s.u('waviness', 3, 6)
+    wave = (x*np.sin(b.lean) + y*np.cos(b.lean))*s.u('fibre rate', 22, 34)
+    wave = wave + .9*s.smooth('flow', 3)*s.u('waviness', 3, 6)
     fibres = np.sin(wave + 1.5*s.clouds('crimp', 5, 2))*s.u('fibre', .3, 1)*(1 + .5*s.smooth('bundle', 5))
     b.eosin = s.u('stroma', .45, .75) + .09*fibres + .06*s.clouds('ground', 5)
     b.haze = s.u('haze level', .02, .34) + .03*s.clouds('haze', 4)
     cleft = s.coin('cleft', .6)
     b.clear = (ridge(s.smooth('cleft path', 3) - s.u('cleft level', -.6, .6), .06 + .10*cleft)*cleft)**2
-    r, shown = s.u('vessel r', .08, .18), s.coin('vessel', .5)
-    vessel = ellipse(x, y, s.u('vessel x', -.8, .8), s.u('vessel y', -.8, .8), r, .6*r, s.u('vessel turn', 0, 3))
-    vessel = vessel + 9*(1 - shown) + .02*s.smooth('vessel wall', 6)
-    b.clear = np.maximum(b.clear, s.soft(vessel, .02))
-    b.eosin += .35*s.soft(np.abs(vessel) - .02)*shown
+    for k in range(2):
+        r, cx, cy = s.u(f'vessel r{k}', .08, .22), s.u(f'vessel x{k}', -.8, .8), s.u(f'vessel y{k}', -.8, .8)
+        vessel = ellipse(x, y, cx, cy, r, .6*r, s.u(f'vessel turn{k}', 0, 3)) + .02*s.smooth('vessel wall', 6)
+        vessel = vessel + 9*(1 - s.coin('vessel', .6))
+        b.clear = np.maximum(b.clear, s.soft(vessel, .02))
+        b.eosin += .35*s.soft(np.abs(vessel) - .02)
 
 
 def _nuclei(s, b):
-    "Ordinary nuclei, round to spindle-shaped, lying along the fibres."
-    m = 110
-    r = np.where(s.many('nucleus', m) < s.many('cellularity', 1, .2, 1), s.many('nucleus r', m, .022, .034), np.float32(-1))
-    b.nuclei = s.stamps(s.many('nucleus x', m, -1.2, 1.2), s.many('nucleus y', m, -1.2, 1.2), r,
+    "Ordinary nuclei, round to spindle-shaped, lying along the fibres, and denser somewhere."
+    m = 150
+    x, y = s.many('nucleus x', m, -1.2, 1.2), s.many('nucleus y', m, -1.2, 1.2)
+    crowd = (x - s.many('crowd x', 1, -.8, .8))**2 + (y - s.many('crowd y', 1, -.8, .8))**2
+    density = s.many('cellularity', 1, .1, .7) + s.many('crowded', 1, 0, .9)*np.exp(-crowd/.4**2)
+    b.nuclei = s.stamps(x, y, s.many('nucleus r', m, .022, .034)*(s.many('nucleus', m) < density),
                         aspect=s.many('nucleus long', m, 1., 2.2), weight=s.many('nucleus ink', m, .6, 1),
                         angle=s.many('nucleus turn', m, -.5, .5) - b.lean[:, :, 0])
 
-# %% ../../../nbs/11e_histology.ipynb #4b383990
+# %% ../../../nbs/11e_histology.ipynb #fac868be
 _MAPS = ('eosin', 'haze', 'nuclei', 'clear')
 
 
 def _patches(s, b, name):
     "Yield, once if any tile has the finding, its scene with centre, radius and soft patch, and its part of the maps."
     for rows, f in s.having(name):
-        f.cx, f.cy = .45*f.at_x + f.u('centre x', -.15, .15), .45*f.at_y + f.u('centre y', -.15, .15)
+        f.cx, f.cy = .48*f.at_x + f.u('centre x', -.2, .2), .48*f.at_y + f.u('centre y', -.2, .2)
         f.r = .26 + .22*f.extent
-        f.d = ellipse(f.x, f.y, f.cx, f.cy, f.r, f.r*f.u('aspect', .75, 1.25), f.u('turn', 0, 3)) + .05*f.smooth('border', 5)
+        f.d = ellipse(f.x, f.y, f.cx, f.cy, f.r, f.r*f.u('aspect', .75, 1.25), f.u('turn', 0, 3))
+        f.d = f.d + .05*f.smooth('border', 5)
         f.patch = f.soft(f.d, .04)
         part = SimpleNamespace(**{k: getattr(b, k)[rows] for k in _MAPS})
         yield f, part
@@ -72,15 +77,17 @@ def _glands(s, b):
     "Four glands: an open lumen, pale cells around it, and their nuclei in a ring at the base."
     for f, m in _patches(s, b, 'gland formation'):
         q, dx, dy = f.r[:, :, 0], np.float32([[-.5, -.5, .5, .5]]), np.float32([[-.5, .5, -.5, .5]])
-        x, y = (c[:, :, 0] + q*(1.4*o + .25*f.many(f'gland {k}', 4, -.5, .5)) for k, c, o in (('x', f.cx, dx), ('y', f.cy, dy)))
-        r, long, turn = q*f.many('gland r', 4, .50, .66), f.many('gland long', 4, 1., 1.35), f.many('gland turn', 4, 0, 3)
+        x, y = (c[:, :, 0] + q*(1.4*o + .25*f.many(f'gland {k}', 4, -.5, .5))
+                for k, c, o in (('x', f.cx, dx), ('y', f.cy, dy)))
+        r, long = q*f.many('gland r', 4, .50, .66), f.many('gland long', 4, 1., 1.35)
+        turn = f.many('gland turn', 4, 0, 3)
         disc = f.stamps(x, y, r, aspect=long, angle=turn)
         lumen = f.stamps(x, y, r*f.many('lumen', 4, .38, .55), aspect=long, angle=turn)
         t = np.linspace(0, 2*np.pi, 15, dtype=np.float32)[:-1]
         u, v = .82*(r*long)[:, :, None]*np.cos(t), .82*r[:, :, None]*np.sin(t)
         c, n = np.cos(turn)[:, :, None], np.sin(turn)[:, :, None]
-        basal = np.repeat(.17*r, 14, 1)*f.many('basal', 4*14, .8, 1.15)
-        ring = f.stamps((x[:, :, None] + u*c - v*n).reshape(len(x), -1), (y[:, :, None] + u*n + v*c).reshape(len(x), -1), basal)
+        u, v = ((o[:, :, None] + d).reshape(len(f), -1) for o, d in ((x, u*c - v*n), (y, u*n + v*c)))
+        ring = f.stamps(u, v, np.repeat(.17*r, 14, 1)*f.many('basal', 4*14, .8, 1.15))
         m.nuclei, m.clear = np.maximum(m.nuclei*(1 - disc), ring), np.maximum(m.clear*(1 - disc), lumen)
         m.eosin, m.haze = blend(m.eosin, disc, .40), blend(m.haze, disc, .28)
         s.mark('gland formation', disc)
@@ -98,7 +105,8 @@ def _keratin(s, b):
 def _necrosis(s, b):
     "Tissue without cells, uneven, with specks of nuclear debris."
     for f, m in _patches(s, b, 'necrosis'):
-        specks = f.stamps(*_scattered(f, 'speck', 60), f.many('speck size', 60, .010, .020), weight=f.many('speck ink', 60, .3, .8))
+        specks = f.stamps(*_scattered(f, 'speck', 60), f.many('speck size', 60, .010, .020),
+                          weight=f.many('speck ink', 60, .3, .8))
         m.nuclei, m.clear = np.maximum(m.nuclei*(1 - f.patch), specks*f.patch), m.clear*(1 - f.patch)
         m.eosin = blend(m.eosin, f.patch, f.u('ghost', .35, .95) + .22*f.clouds('debris', 16, 2))
         m.haze = blend(m.haze, f.patch, .12)
@@ -111,12 +119,14 @@ def _fat(s, b):
         k = np.arange(49)
         gx, gy = (k % 7 - 3 + .5*(k//7 % 2)).astype(np.float32), ((k//7 - 3)*.87).astype(np.float32)
         step = f.many('fat cell', 1, .20, .26)
-        x, y = (c[:, :, 0] + step*g + f.many(f'fat cell {o}', 49, -.03, .03) for o, c, g in (('x', f.cx, gx), ('y', f.cy, gy)))
-        inside = np.hypot(gx*step, gy*step) < .95*f.r[:, :, 0]
+        x, y = (c[:, :, 0] + step*g + f.many(f'fat cell {o}', 49, -.03, .03)
+                for o, c, g in (('x', f.cx, gx), ('y', f.cy, gy)))
+        inside = (np.hypot(gx*step, gy*step) < .95*f.r[:, :, 0]).astype(np.float32)
         shape = dict(aspect=f.many('fat cell long', 49, 1., 1.15), angle=f.many('fat cell turn', 49, 0, 3))
-        cells = f.stamps(x, y, np.where(inside, step*f.many('fat cell r', 49, .42, .50), np.float32(-1)), **shape)
-        patch = f.stamps(x, y, np.where(inside, .62*step, np.float32(-1)))
-        m.nuclei, m.clear, m.eosin = m.nuclei*(1 - patch), np.maximum(m.clear*(1 - patch), cells), blend(m.eosin, patch, .6)
+        cells = f.stamps(x, y, inside*step*f.many('fat cell r', 49, .42, .50), **shape)
+        patch = f.stamps(x, y, .62*inside*step)
+        m.nuclei, m.eosin = m.nuclei*(1 - patch), blend(m.eosin, patch, .6)
+        m.clear = np.maximum(m.clear*(1 - patch), cells)
         s.mark('adipose tissue', patch)
 
 
@@ -150,7 +160,7 @@ def draw_histology(s): # float32 (n, 3, h, w)
     for part in (_stroma, _nuclei, _necrosis, _fat, _keratin, _glands, _pleomorphism, _infiltrate): part(s, b)
     return _stain(s, b)
 
-# %% ../../../nbs/11e_histology.ipynb #46cbfba6
+# %% ../../../nbs/11e_histology.ipynb #eb129a77
 HISTOLOGY = Modality('H&E stained histology tile', 3, draw_histology, (
     Finding('lymphocytic infiltrate', 'is a', QUADRANTS, ('small', 'moderate', 'dense'), ('lymphoid aggregate',),
             ('{grade} collection of lymphocytes {where}.', 'small round dark cells crowd the tissue {where}.')),
@@ -168,8 +178,8 @@ HISTOLOGY = Modality('H&E stained histology tile', 3, draw_histology, (
     'H&E section.', 'Formalin-fixed tissue.', 'Core biopsy.', 'Clinical history: mass.', 'Clinical question: {n}.',
     'Earlier biopsy: {n}.', 'To exclude {n}.',
 ), (
-    'Background stroma is unremarkable.', 'Staining is adequate.', 'Fibrous tissue is present.', 'Mitoses are not prominent.',
-    'Tissue is well preserved.',
+    'Background stroma is unremarkable.', 'Staining is adequate.', 'Fibrous tissue is present.',
+    'Mitoses are not prominent.', 'Tissue is well preserved.',
 ), {
-    'cleft': (.6, 'Retraction clefts are present.', ''), 'vessel': (.5, 'A small vessel is included.', ''),
+    'cleft': (.6, 'Retraction clefts are present.', ''), 'vessel': (.6, 'Small vessels are included.', ''),
 }, prompts('histology'))

@@ -1,0 +1,119 @@
+"""A run as users meet it: killed and resumed, twice the same, refused where it cannot be right, and started by papermill."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from medcl_study.core import Locked, lock, read_json
+from medcl_study.experiment import STUDIES, Run, finished, make_run, overrides, run, run_id, study_runs, work_folder
+from medcl_study.core import code_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(image_tower='vit_tiny_p8', text_tower='bert_tiny', text_init='random', image_init='random', dim=16, max_tokens=48,
+            train_pairs=160, valid_pairs=32, test_pairs=300, epochs=3, batch_size=32, stream=False)
+SCRIPT = 'import json, sys; from medcl_study.experiment import make_run, run; run(make_run(json.loads(sys.argv[1])), reports=sys.argv[2])'
+
+
+def start(folder, settings=TINY):
+    "Start a run in a process of its own."
+    env = os.environ | {'MEDCL_WORK': str(folder/'work'), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SCRIPT, json.dumps(settings), str(folder/'reports')], env=env)
+
+
+def same(record):
+    "What two records of one run must share."
+    return {k: v for k, v in record.items() if k not in ('seconds', 'peak_mb')}
+
+
+def only_record(folder):
+    found = list((folder/'reports'/'records').glob('*.json'))
+    assert len(found) == 1
+    return read_json(found[0])
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('undisturbed')
+    assert start(folder).wait(300) == 0
+    return only_record(folder)
+
+
+PHASES = { # what is on disk while a phase is under way
+    'cache': lambda work: any(not (o/'meta.json').exists() for o in (work/'packed').glob('[0-9a-f]*') if o.is_dir()),
+    'training': lambda work: any((work/'runs').glob('*/checkpoint.pt')) and not any((work/'runs').glob('*/trained.json')),
+    'evaluation': lambda work: any((work/'runs').glob('*/features/*/*.safetensors')),
+}
+
+
+@pytest.mark.parametrize('phase', PHASES)
+def test_killed_run_resumes_to_the_same_record(phase, tmp_path, undisturbed):
+    process, begun = start(tmp_path), time.monotonic()
+    while process.poll() is None and not PHASES[phase](tmp_path/'work') and time.monotonic() - begun < 200: time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f'the run ended before its {phase} could be interrupted'
+    assert not list((tmp_path/'reports').rglob('*.json')), 'a killed run must leave no record'
+    assert start(tmp_path).wait(300) == 0
+    assert same(only_record(tmp_path)) == same(undisturbed)
+
+
+def test_second_writer_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDCL_WORK', str(tmp_path/'work'))
+    settings = make_run(TINY)
+    with lock(work_folder()/'runs'/f'{run_id(settings)}-{code_hash()}'):
+        with pytest.raises(Locked, match='is being written by process'): run(settings, reports=tmp_path/'reports')
+
+
+def test_record_of_other_code_does_not_count(tmp_path, undisturbed):
+    name = undisturbed['id']
+    for folder, text in (('records', json.dumps(undisturbed | {'code': 'another'})), ('predictions', '')):
+        path = tmp_path/folder/f"{name}.{'json' if text else 'parquet'}"
+        path.parent.mkdir()
+        path.write_text(text)
+    assert finished(tmp_path, name) is None
+    (tmp_path/'records'/f'{name}.json').write_text(json.dumps(undisturbed))
+    assert finished(tmp_path, name) == undisturbed
+
+
+@pytest.mark.parametrize('study', STUDIES)
+def test_every_study_lists_distinct_runs_that_survive_json(study):
+    runs = study_runs(study)
+    assert len(set(runs)) == len(runs)
+    for one in runs: assert make_run(json.loads(json.dumps(overrides(one)))) == one
+
+
+def test_rows_of_a_study_differ_in_method_and_seed_only():
+    for study in STUDIES:
+        rows = [{k: v for k, v in vars(o).items() if k not in ('method', 'seed')} for o in study_runs(study)]
+        assert all(o == rows[0] for o in rows), study
+
+
+def test_papermill_names_an_unknown_override(tmp_path):
+    out = papermill(tmp_path, {'overrides': {'metod': 'flip'}})
+    assert out.returncode and "unknown override 'metod'; did you mean 'method'?" in out.stderr
+
+
+def test_papermill_names_an_unknown_parameter(tmp_path):
+    out = papermill(tmp_path, {'method': 'flip'})
+    assert out.returncode and "unknown parameters ['method']" in out.stderr
+
+
+def papermill(folder, parameters):
+    return subprocess.run([sys.executable, '-m', 'papermill', 'nbs/experiments/run.ipynb', str(folder/'out.ipynb'), '-k', 'python3',
+                           '--no-progress-bar', '-y', json.dumps(parameters)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize('given, message', [
+    (dict(tasks=['phantom/zero']), 'set/protocol'), (dict(method='filipp'), 'no method'), (dict(epochs=1.5), 'epochs must be int'),
+    (dict(stream=1), 'stream must be bool'), (dict(seeds=1), "did you mean 'seed'")])
+def test_wrong_settings_are_named(given, message):
+    with pytest.raises((ValueError, TypeError), match=message): make_run(given)
+
+
+def test_id_ignores_what_changes_no_result():
+    assert run_id(Run(workers=3)) == run_id(Run())
+    assert len({run_id(o) for o in (Run(), Run(seed=1), Run(method='flip'), Run(lr=1e-4))}) == 4
