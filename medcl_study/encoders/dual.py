@@ -139,7 +139,7 @@ class DualEncoder(nn.Module):
         "Bring the stored scale back into its limits; to be called after each optimizer step."
         self.logit_scale.clamp_(0, math.log(MAX_SCALE))
 
-# %% ../../nbs/22_dual.ipynb #6f233396
+# %% ../../nbs/22_dual.ipynb #f8017127
 @patch
 def ask(self: DualEncoder, **wishes) -> 'DualEncoder': # fields of `Request`
     "Set what `forward` computes, and return the encoder."
@@ -149,12 +149,13 @@ def ask(self: DualEncoder, **wishes) -> 'DualEncoder': # fields of `Request`
 
 @patch
 def forward(self: DualEncoder,
-    batch: dict, # images (n, v, c, h, w) uint8, tokens and token_mask (n, t); sentence_index (n, t) if sentences are asked for
+    batch: dict, # images (n, v, c, h, w) uint8; tokens, token_mask and, for sentences, sentence_index (n, t)
 ) -> Embeddings:
     "Embed a batch of pairs, as far as `request` asks."
     ask, images = self.request, batch['images']
     if ask.views > images.shape[1]:
-        raise ValueError(f'{ask.views} views are asked for, but the batch holds {images.shape[1]}: load it with views={ask.views}')
+        raise ValueError(f'{ask.views} views are asked for, but the batch holds {images.shape[1]}: '
+                         f'load it with views={ask.views}')
     text = self._text(batch['tokens'], batch['token_mask'], batch.get('sentence_index'), words=ask.words,
                       sentences=ask.sentences)
     (image, kept), view = self._views(images, ask)

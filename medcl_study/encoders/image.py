@@ -97,7 +97,7 @@ class ImageTower(nn.Module):
         try: return self.net.forward_features(images)
         finally: self.net.patch_drop.keep = None
 
-# %% ../../nbs/20_image_towers.ipynb #2b02c6d8
+# %% ../../nbs/20_image_towers.ipynb #dff818ad
 @patch
 def normalise(self: ImageTower,
     images: Tensor, # uint8 (n, 1 or channels, h, w)
@@ -107,7 +107,7 @@ def normalise(self: ImageTower,
     n, c, *size = images.shape
     if c not in (1, self.channels) or size != [self.image_size] * 2:
         raise ValueError(f'images are {c} × {size[0]} × {size[1]}, this tower expects {self.channels} × {self.image_size} × '
-                         f'{self.image_size} (one channel is repeated). Resize the images, or build the tower for their size.')
+                         f'{self.image_size} (one channel is repeated). Resize the images, or rebuild the tower.')
     mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
     return (images - 255 * mean) / (255 * std)
 
@@ -140,7 +140,7 @@ def _shapes(self: ImageTower):
     self.net.train(training)
     return width, next((rows, p // rows) for rows in range(int(p ** .5), 0, -1) if p % rows == 0)
 
-# %% ../../nbs/20_image_towers.ipynb #47ec526f
+# %% ../../nbs/20_image_towers.ipynb #116c3ac3
 class ConvStem(nn.Module):
     "Patch embedding by convolutions with stride 8 in all, in place of timm's single one (2106.14881)."
     def __init__(self,
@@ -152,7 +152,8 @@ class ConvStem(nn.Module):
     ):
         super().__init__()
         if patch_size != 8 or img_size % 8:
-            raise ValueError(f'ConvStem cuts images into patches of 8 pixels, not {img_size} pixels into patches of {patch_size}')
+            raise ValueError(f'ConvStem cuts images into patches of 8 pixels, not {img_size} pixels '
+                             f'into patches of {patch_size}')
         self.patch_size, self.grid_size = (8, 8), (img_size // 8, img_size // 8)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         widths, strides = (in_chans, 32, 48, 64, 96, embed_dim), (2, 2, 1, 2, 1)
@@ -171,7 +172,8 @@ IMAGE_TOWERS = { # name → (timm model, what differs from it)
     'vit_128_p8': ('vit_tiny_patch16_224', dict(patch_size=8, embed_dim=128, depth=4, num_heads=2)),
     'vit_stem_p8': ('vit_tiny_patch16_224', dict(patch_size=8, embed_dim=128, depth=2, num_heads=2, class_token=False,
                                                  global_pool='avg', embed_layer=ConvStem)),
-    'cnn_small': ('resnet18', dict(layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), stem_width=32, norm_layer='groupnorm')),
+    'cnn_small': ('resnet18', dict(layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), stem_width=32,
+                                   norm_layer='groupnorm')),
 }
 
 
@@ -183,7 +185,7 @@ def image_tower(
     weights: str | Path | None = None, # None: random; 'hub': those timm publishes under this name; else a file or folder
     options: dict | None = None, # arguments of the timm model to change, such as depth
 ) -> ImageTower:
-    "Build an image tower; raises `ValueError` for unknown names and `DataError` for weights that are missing or do not fit."
+    "Build an image tower; raises `ValueError` for unknown names, `DataError` for weights that are missing or do not fit."
     model, own = IMAGE_TOWERS.get(name, (name, {}))
     if not timm.is_model(model):
         near = difflib.get_close_matches(name, [*IMAGE_TOWERS, *timm.list_models()], n=3)
@@ -191,7 +193,8 @@ def image_tower(
                          + (f' (near: {", ".join(near)})' if near else ''))
     config = timm.get_pretrained_cfg(model)
     size = {'img_size': image_size} if config.fixed_input_size else {}
-    make = lambda **kwargs: timm.create_model(model, num_classes=0, in_chans=channels, **size, **own | (options or {}), **kwargs)
+    settings = dict(num_classes=0, in_chans=channels) | size | own | (options or {})
+    make = lambda **more: timm.create_model(model, **settings, **more)
     statistics = config.mean, config.std
     if weights == 'hub': net = _published(name, make)
     else:

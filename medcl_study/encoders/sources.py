@@ -114,7 +114,7 @@ def _silent(tower, *inputs):
     try: return tower.eval()(*inputs)
     finally: tower.train(training)
 
-# %% ../../nbs/23_source_towers.ipynb #8b7de486
+# %% ../../nbs/23_source_towers.ipynb #6aed0367
 def _clip_text(net, ids, mask):
     out = net(input_ids=ids, attention_mask=mask)
     return out.last_hidden_state, out.pooler_output
@@ -155,6 +155,8 @@ class SourceTexts(nn.Module):
     def forward(self,
         tokens: Tensor, # (n, t) ids, padded on the right
         mask: Tensor, # (n, t) True where a token is real
+        *,
+        words: bool = True, # False: return None for them
     ): # words (n, t, width), pooled (n, width)
         "Encode texts; raises `ValueError` where they are longer than the context."
         t = max(1, int(mask.sum(1).max()))
@@ -162,8 +164,8 @@ class SourceTexts(nn.Module):
             raise ValueError(f'texts of {t} tokens, but this tower reads at most {self.max_tokens}: lower max_tokens')
         ids = tokens.new_full((len(tokens), self.max_tokens), self.pad_id)
         ids[:, :t] = torch.where(mask[:, :t], tokens[:, :t], self.pad_id)
-        words, pooled = self.read(self.net, ids, F.pad(mask[:, :t], (0, self.max_tokens - t)))
-        return F.pad(words[:, :t], (0, 0, 0, mask.shape[1] - t)), pooled
+        each, pooled = self.read(self.net, ids, F.pad(mask[:, :t], (0, self.max_tokens - t)))
+        return F.pad(each[:, :t], (0, 0, 0, mask.shape[1] - t)) if words else None, pooled
 
 # %% ../../nbs/23_source_towers.ipynb #237fef4f
 def _canonicalise(text): return ' '.join(text.replace('_', ' ').translate(str.maketrans('', '', punctuation)).lower().split())

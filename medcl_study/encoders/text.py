@@ -96,14 +96,14 @@ class TextTower(nn.Module):
         hidden = ('_name_or_path', 'architectures', 'transformers_version', 'dtype')
         return {k: v for k, v in self.net.config.to_dict().items() if k not in hidden}
 
-# %% ../../nbs/21_text_towers.ipynb #a635f086
+# %% ../../nbs/21_text_towers.ipynb #a5c54980
 _BERT = dict(model_type='bert', vocab_size=30522, max_position_embeddings=512)
 _MINILM = _BERT | dict(hidden_size=384, intermediate_size=1536, num_attention_heads=12)
 TEXT_TOWERS = { # name → architecture, how the global vector is taken, and whose weights 'hub' means
     'minilm': dict(options=_MINILM | dict(num_hidden_layers=6), pooling='mean', weights='minilm'),
     'minilm_2': dict(options=_MINILM | dict(num_hidden_layers=2), pooling='mean', weights='minilm'),
-    'bert_tiny': dict(options=_BERT | dict(hidden_size=128, intermediate_size=512, num_attention_heads=2, num_hidden_layers=2),
-                      pooling='mean', weights=None),
+    'bert_tiny': dict(options=_BERT | dict(hidden_size=128, intermediate_size=512, num_attention_heads=2,
+                                           num_hidden_layers=2), pooling='mean', weights=None),
 }
 _DROPOUTS = ('hidden_dropout_prob', 'attention_probs_dropout_prob', 'dropout', 'attention_dropout', 'activation_dropout',
              'dropout_rate', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop', 'embedding_dropout', 'mlp_dropout')
@@ -116,8 +116,8 @@ def _configuration(name, options, vocab_size, dropout):
     else:
         try: config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as e:
-            raise DataError(f"no text tower '{name}' ({str(e).splitlines()[0]})", remedy=f'Expected {", ".join(TEXT_TOWERS)}, '
-                            'a folder with a config.json, or a hub name while online.') from e
+            remedy = f'Expected {", ".join(TEXT_TOWERS)}, a folder with a config.json, or a hub name while online.'
+            raise DataError(f"no text tower '{name}' ({str(e).splitlines()[0]})", remedy=remedy) from e
     if vocab_size: config.vocab_size = vocab_size
     for field in _DROPOUTS:
         if hasattr(config, field): setattr(config, field, dropout)
@@ -165,7 +165,8 @@ def _fill(net, weights):
 def _published(name, config):
     "Take published weights from a package, a local folder or the hub; custom code of a repository is never run."
     source = TEXT_TOWERS[name]['weights'] if name in TEXT_TOWERS else name
-    if source is None: raise DataError(f"nobody publishes weights of '{name}'", remedy='Use weights=None (random) or a file.')
+    if source is None:
+        raise DataError(f"nobody publishes weights of '{name}'", remedy='Use weights=None (random) or a file.')
     folder = minilm_folder() if source == 'minilm' else Path(source)
     if folder is not None and folder.is_dir():
         net = _encoder(AutoModel.from_config(config))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import DataError
 
-# %% ../../nbs/19_weights.ipynb #18a3cfe8
+# %% ../../nbs/19_weights.ipynb #4f3bba7a
 _FILES = ('model.safetensors', 'open_clip_model.safetensors', 'pytorch_model.bin', 'open_clip_pytorch_model.bin')
 
 
@@ -36,7 +36,8 @@ def read_weights(
     path = _weights_file(Path(path))
     if path.suffix == '.safetensors':
         try: return load_file(path)
-        except (SafetensorError, OSError) as e: raise DataError(f'not a readable safetensors file ({e})', file=path) from None
+        except (SafetensorError, OSError) as e:
+            raise DataError(f'not a readable safetensors file ({e})', file=path) from None
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
         raise DataError('not a torch file of plain tensors', file=path,
@@ -47,7 +48,7 @@ def read_weights(
     if not state: raise DataError('holds no named tensors', file=path)
     return state
 
-# %% ../../nbs/19_weights.ipynb #cee8a540
+# %% ../../nbs/19_weights.ipynb #1a95a4d6
 def under(
     state: dict, # name → tensor
     *prefixes, # such as 'image.net.', tried in order
@@ -72,25 +73,27 @@ def load_weights(
     names = [*own, *(() if extra else (k for k in state if k not in own))]
     wrong = [k for k in names if shape(own, k) != shape(state, k)]
     if wrong:
-        raise DataError(f"checkpoint of another architecture: '{wrong[0]}' is {shape(state, wrong[0])} in the file, expected "
-                        f'{shape(own, wrong[0])} ({len(wrong)} of {len(names)} tensors do not fit)', file=source,
+        theirs, ours = shape(state, wrong[0]), shape(own, wrong[0])
+        raise DataError(f"checkpoint of another architecture: '{wrong[0]}' is {theirs} in the file, expected {ours} "
+                        f'({len(wrong)} of {len(names)} tensors do not fit)', file=source,
                         remedy='Build the model with the settings the checkpoint was trained with.')
     module.load_state_dict({k: state[k] for k in own})
 
-# %% ../../nbs/19_weights.ipynb #6dbf5e95
+# %% ../../nbs/19_weights.ipynb #2a61b5fd
 def leave_trainable(
     groups: list[list[nn.Parameter]], # from the input to the output
     last: int | None, # how many of the last groups may learn; None: all of them
 ):
     "Freeze all groups but the last `last`; raises `ValueError` if there are not so many."
     if last is not None and not 0 <= last <= len(groups):
-        raise ValueError(f'cannot leave the last {last} of {len(groups)} groups trainable: expected 0 to {len(groups)}, or None for all')
+        raise ValueError(f'cannot leave the last {last} of {len(groups)} groups trainable: '
+                         f'expected 0 to {len(groups)}, or None for all')
     for i, group in enumerate(groups):
         for parameter in group: parameter.requires_grad_(last is None or i >= len(groups) - last)
 
 
 def eval_frozen(module: nn.Module):
-    "Put frozen parts in evaluation mode: no dropout, no moving batch statistics; before the first trainable one as well."
+    "Put frozen parts, and all before the first trainable one, in evaluation mode: no dropout, no moving statistics."
     reached = False
     for part in module.modules():
         parameters = list(part.parameters())
