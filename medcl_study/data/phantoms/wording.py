@@ -50,8 +50,8 @@ class Modality:
 
 def prompts(image: str) -> PromptSet:
     "Positive and negative templates for a modality; `image` is how its pictures are called."
-    return PromptSet((f'{image} with {{c}}', 'there is {c}.', 'evidence of {c}.', '{c} is seen.'),
-                     (f'{image} without {{c}}', 'there is no {c}.', 'no evidence of {c}.', 'no {c} is seen.'),
+    return PromptSet((f'{image}. moderate {{c}}.', 'there is moderate {c}.', 'findings of {c}.', '{c} noted.'),
+                     (f'{image}. no {{c}}.', 'there is no {c}.', 'no evidence of {c}.', 'no {c} seen.'),
                      source='phantom-v1')
 
 # %% ../../../nbs/11b_wording.ipynb #ef379831
