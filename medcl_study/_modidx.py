@@ -468,8 +468,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'medcl_study/data/phantoms/wording.py'),
                                                    'medcl_study.data.phantoms.wording.plate': ( 'wording.html#plate',
                                                                                                 'medcl_study/data/phantoms/wording.py'),
-                                                   'medcl_study.data.phantoms.wording.prompts': ( 'wording.html#prompts',
-                                                                                                  'medcl_study/data/phantoms/wording.py'),
                                                    'medcl_study.data.phantoms.wording.questions_of': ( 'wording.html#questions_of',
                                                                                                        'medcl_study/data/phantoms/wording.py'),
                                                    'medcl_study.data.phantoms.wording.report_of': ( 'wording.html#report_of',

@@ -26,11 +26,11 @@ from .encoders.image import image_tower, random_keep
 from .losses.contrast import info_nce
 from .trainer import warmup_cosine
 
-# %% ../nbs/45_pretext.ipynb #d71b425f
+# %% ../nbs/45_pretext.ipynb #18342e40
 @dataclass(frozen=True)
 class Recipe:
     "How a general tower is trained; part of its file's name."
-    steps: int = 190 # each on fresh pictures
+    steps: int = 160 # each on fresh pictures
     batch_size: int = 32 # pictures, two views each
     lr: float = 1e-3 # of AdamW: embeddings, norms, biases and the head
     weight_decay: float = 0.05 # of AdamW
@@ -38,8 +38,8 @@ class Recipe:
     warmup: float = 0.1 # share of all steps
     temperature: float = 0.1
     drop: float = 0.5 # part of each view's patches that the tower does not see, if it can skip patches
-    smallest: float = 0.5 # side of the smallest crop
-    jitter: float = 0.15 # of brightness and contrast
+    smallest: float = 0.8 # side of the smallest crop: places, not only textures, have to be kept
+    jitter: float = 0.15 # of contrast; half as much of brightness
     noise: float = 0.03 # deviation added to each pixel, for pixels in 0…1
     image_size: int = 64 # largest side trained at; a tower for larger images starts from it
     dim: int = 64 # of the space in which views are compared
@@ -154,7 +154,7 @@ def train_on_pictures(
         losses.append(loss.item())
     return model.tower.eval(), losses
 
-# %% ../nbs/45_pretext.ipynb #509910b4
+# %% ../nbs/45_pretext.ipynb #0fccf53e
 @contextlib.contextmanager
 def _apart(threads):
     "Run with this many threads; give back the caller's, and its random generators."
@@ -183,7 +183,7 @@ def general_image_tower(
     found = content_hash(dataclasses.asdict(recipe), name, size, channels, seed, *code)
     file = Path(folder)/f'{name}-{size}px-{channels}ch-seed{seed}-{found}.safetensors'
     if file.exists(): return file
-    with _apart(threads=2):
+    with _apart(threads=1):
         tower, losses = train_on_pictures(name, image_size=size, channels=channels, seed=seed, recipe=recipe)
     write_tensors(file, tower.state_dict(), {'recipe': dataclasses.asdict(recipe), 'tower': name, 'seed': seed, 'losses': losses})
     return file

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ZONES', 'CHEST', 'draw_chest']
 
-# %% ../../../nbs/11c_chest.ipynb #0082b11e
+# %% ../../../nbs/11c_chest.ipynb #80b8df3e
 from types import SimpleNamespace
 
 import numpy as np
 
 from .drawing import blend, ellipse, ridge, superellipse, union
-from .wording import HERE, SIDES, Finding, Modality, prompts
+from .wording import HERE, SIDES, Finding, Modality
 
 # %% ../../../nbs/11c_chest.ipynb #ed3b9c5c
 def _chest_wall(s, b):
@@ -72,7 +72,7 @@ def _mediastinum(s, b):
     stomach = s.soft(ellipse(x, y, .45*b.wide, floor + .2, .15, .07), .05)*s.coin('stomach bubble', .5)
     b.canvas += b.torso*(.05*spine - .12*airway) - .2*stomach
 
-# %% ../../../nbs/11c_chest.ipynb #5ceb7660
+# %% ../../../nbs/11c_chest.ipynb #b9373710
 def _effusion(s, b):
     "Fluid at the lung base, its surface rising toward the side: the angle is blunted."
     for rows, f in s.having('pleural effusion'):
@@ -114,13 +114,13 @@ def _atelectasis(s, b):
     "One to three linear bands across a zone."
     for rows, f in s.having('atelectasis'):
         cx, cy = f.at_x*b.lung_x[rows], .10 + .30*f.at_y + f.u('band y', -.06, .06)
-        slant, gap, cover = f.u('slant', -.4, .4), f.u('band gap', .09, .13), 0
+        slant, gap, cover = f.u('slant', -.4, .4), f.u('band gap', .11, .15), 0
         for k, least in ((0, 0), (1, .33), (-1, .66)):
             dx = f.x - cx - f.u(f'band x{k}', -.05, .05)
-            d = np.abs(f.y - cy - k*gap - slant*dx - .25*dx**2) - (.015 + .010*f.extent)
-            cover = np.maximum(cover, f.soft(d, .02)*f.soft(np.abs(dx) - (.24 - .06*abs(k)), .08)*(f.extent >= least))
+            d = np.abs(f.y - cy - k*gap - slant*dx - .25*dx**2) - (.020 + .012*f.extent)
+            cover = np.maximum(cover, f.soft(d, .02)*f.soft(np.abs(dx) - (.27 - .06*abs(k)), .08)*(f.extent >= least))
         cover = cover*b.lung[rows]
-        b.canvas[rows] = blend(b.canvas[rows], cover, f.u('band level', .50, .64))
+        b.canvas[rows] = blend(b.canvas[rows], cover, f.u('band level', .54, .68))
         s.mark('atelectasis', cover)
 
 
@@ -128,9 +128,9 @@ def _nodule(s, b):
     "A round, well-defined opacity."
     for rows, f in s.having('nodule'):
         cx, cy = f.at_x*b.lung_x[rows] + f.u('nodule x', -.12, .12), -.12 + .36*f.at_y + f.u('nodule y', -.1, .1)
-        r = .055 + .05*f.extent
+        r = .068 + .05*f.extent
         cover = f.soft(ellipse(f.x, f.y, cx, cy, r, r*f.u('nodule aspect', .85, 1.15), f.u('nodule turn', 0, 3)), .03)
-        b.canvas[rows] = blend(b.canvas[rows], .95*cover, f.u('nodule level', .56, .74))
+        b.canvas[rows] = blend(b.canvas[rows], .95*cover, f.u('nodule level', .60, .78))
         s.mark('nodule', cover)
 
 # %% ../../../nbs/11c_chest.ipynb #4c762125
@@ -160,7 +160,7 @@ def draw_chest(s): # float32 (n, h, w)
                  _devices): part(s, b)
     return _expose(s, b)
 
-# %% ../../../nbs/11c_chest.ipynb #c713a427
+# %% ../../../nbs/11c_chest.ipynb #854a1954
 ZONES = {f'{s} {z} zone': (f'in the {s} {z} zone', x, y)
          for s, x in (('right', -1), ('left', 1)) for z, y in (('upper', -1), ('mid', 0), ('lower', 1))}
 
@@ -175,7 +175,7 @@ CHEST = Modality('frontal chest radiograph', 1, draw_chest, (
             says=('{grade} {p} pneumothorax.', 'pleural edge visible {where} without lung markings beyond it.')),
     Finding('consolidation', 'is', ZONES, ('patchy', 'moderate', 'dense'), ('airspace opacity',),
             ('{grade} airspace opacity with air bronchograms {where}.', '{p} consolidation, {grade}.')),
-    Finding('nodule', 'is a', ZONES, also=('pulmonary nodule',), mm=(20, 38),
+    Finding('nodule', 'is a', ZONES, also=('pulmonary nodule',), mm=(20, 35),
             says=('{mm} mm nodule {where}.', 'round {mm} mm opacity projects {where}.',
                   '{p} nodule measuring {mm} mm.')),
     Finding('atelectasis', 'is', ZONES, ('minor', 'moderate', 'marked'), ('subsegmental collapse',),
@@ -189,4 +189,4 @@ CHEST = Modality('frontal chest radiograph', 1, draw_chest, (
 ), {
     'electrodes': (.3, 'ECG electrodes overlie the chest.', ''), 'line': (.25, 'A central line is in place.', ''),
     'inverted': (.15, 'Shown with inverted grays.', ''),
-}, prompts('chest radiograph'))
+})

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LOBES', 'KIDNEYS', 'FLANKS', 'ABDOMEN', 'CT', 'draw_ct']
 
-# %% ../../../nbs/11d_ct.ipynb #358154dd
+# %% ../../../nbs/11d_ct.ipynb #d792b8ad
 from types import SimpleNamespace
 
 import numpy as np
 
 from .drawing import blend, ellipse, ridge, union
-from .wording import HERE, SIDES, Finding, Modality, prompts
+from .wording import HERE, SIDES, Finding, Modality
 
 # %% ../../../nbs/11d_ct.ipynb #ef4cbb41
 def _body(s, b):
@@ -222,7 +222,7 @@ def draw_ct(s): # float32 (n, h, w)
                  _liver_lesion, _renal_cyst, _bowel_obstruction, _ascites, _pneumoperitoneum, _ribs): part(s, b)
     return _window(s, b)
 
-# %% ../../../nbs/11d_ct.ipynb #832d3986
+# %% ../../../nbs/11d_ct.ipynb #38a0c47f
 LOBES = {f'{k} lobe': (f'in the {k} lobe of the liver', x, y) for k, (_, x, y) in SIDES.items()}
 KIDNEYS = {f'{k} kidney': (f'of the {k} kidney', x, y) for k, (_, x, y) in SIDES.items()}
 FLANKS = {f'{k} flank': (f'in the {k} flank', x, y) for k, (_, x, y) in SIDES.items()}
@@ -255,4 +255,4 @@ CT = Modality('axial abdominal CT slice', 1, draw_ct, (
 ), {
     'oral contrast': (.25, 'Oral contrast fills the stomach.', ''),
     'flipped': (.35, 'Shown with the spine at the top.', ''),
-}, prompts('abdominal CT'))
+})

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BORDERS', 'DERMOSCOPY', 'draw_dermoscopy']
 
-# %% ../../../nbs/11h_dermoscopy.ipynb #6c933e6a
+# %% ../../../nbs/11h_dermoscopy.ipynb #06a0d8d3
 from types import SimpleNamespace
 
 import numpy as np
 
 from .drawing import blend, curve, ellipse, stamps, strokes
-from .wording import QUADRANTS, Finding, Modality, prompts
+from .wording import QUADRANTS, Finding, Modality
 
 # %% ../../../nbs/11h_dermoscopy.ipynb #3c24b1c8
 def _rgb(*values): return np.array(values, np.float32)[:, None, None]
@@ -157,7 +157,7 @@ def draw_dermoscopy(s): # float32 (n, 3, h, w)
     for part in (_veil, _ulceration, _milia, _hairs_and_ink): part(s, b)
     return _photograph(s, b)
 
-# %% ../../../nbs/11h_dermoscopy.ipynb #58d136dd
+# %% ../../../nbs/11h_dermoscopy.ipynb #c95ba729
 BORDERS = {f'{k} border': (f'along the {k} border', x, y)
            for k, x, y in (('left', -1, 0), ('right', 1, 0), ('upper', 0, -1), ('lower', 0, 1))}
 
@@ -183,4 +183,4 @@ DERMOSCOPY = Modality('dermoscopic image', 3, draw_dermoscopy, (
 ), {
     'hair': (.6, 'Hairs cross the field.', 'No hairs.'), 'ink': (.3, 'Skin marker is visible.', ''),
     'tube': (.35, 'The tube margin is visible.', ''),
-}, prompts('dermoscopy'))
+})

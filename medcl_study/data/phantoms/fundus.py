@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RETINA', 'FUNDUS', 'draw_fundus']
 
-# %% ../../../nbs/11f_fundus.ipynb #7616121c
+# %% ../../../nbs/11f_fundus.ipynb #622b3923
 from types import SimpleNamespace
 
 import numpy as np
 
 from .drawing import blend, curve, ellipse
-from .wording import HERE, Finding, Modality, prompts
+from .wording import HERE, Finding, Modality
 
 # %% ../../../nbs/11f_fundus.ipynb #c64d453d
 def _rgb(*values): return np.array(values, np.float32)[:, None, None]
@@ -162,7 +162,7 @@ def draw_fundus(s): # float32 (n, 3, h, w)
     for part in (_retina, _disc, _arcades, _drusen, _laser_scars, _cotton_wool, _hemorrhages, _exudates): part(s, b)
     return _camera(s, b)
 
-# %% ../../../nbs/11f_fundus.ipynb #26d50b98
+# %% ../../../nbs/11f_fundus.ipynb #6dc0b35e
 RETINA = {f'{v} {h}': (f'in the {v} {h} quadrant', x, y)
           for v, y in (('superior', -1), ('inferior', 1)) for h, x in (('temporal', -1), ('nasal', 1))}
 
@@ -186,4 +186,4 @@ FUNDUS = Modality('color fundus photograph', 3, draw_fundus, (
 ), (
     'Vessels are of normal calibre.', 'Media are clear.', 'The foveal reflex is preserved.',
     'The peripheral retina is attached.', 'Disc margins are distinct.',
-), {'left eye': (.5, 'Left eye.', 'Right eye.')}, prompts('fundus photograph'))
+), {'left eye': (.5, 'Left eye.', 'Right eye.')})

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['HISTOLOGY', 'draw_histology']
 
-# %% ../../../nbs/11e_histology.ipynb #8ac9a1c8
+# %% ../../../nbs/11e_histology.ipynb #ad6af9f0
 from types import SimpleNamespace
 
 import numpy as np
 
 from .drawing import blend, ellipse, ridge
-from .wording import QUADRANTS, Finding, Modality, prompts
+from .wording import QUADRANTS, Finding, Modality
 
 # %% ../../../nbs/11e_histology.ipynb #9ee4d10b
 def _stroma(s, b):
@@ -160,7 +160,7 @@ def draw_histology(s): # float32 (n, 3, h, w)
     for part in (_stroma, _nuclei, _necrosis, _fat, _keratin, _glands, _pleomorphism, _infiltrate): part(s, b)
     return _stain(s, b)
 
-# %% ../../../nbs/11e_histology.ipynb #eb129a77
+# %% ../../../nbs/11e_histology.ipynb #fdef2ccb
 HISTOLOGY = Modality('H&E stained histology tile', 3, draw_histology, (
     Finding('lymphocytic infiltrate', 'is a', QUADRANTS, ('small', 'moderate', 'dense'), ('lymphoid aggregate',),
             ('{grade} collection of lymphocytes {where}.', 'small round dark cells crowd the tissue {where}.')),
@@ -182,4 +182,4 @@ HISTOLOGY = Modality('H&E stained histology tile', 3, draw_histology, (
     'Mitoses are not prominent.', 'Tissue is well preserved.',
 ), {
     'cleft': (.6, 'Retraction clefts are present.', ''), 'vessel': (.6, 'Small vessels are included.', ''),
-}, prompts('histology'))
+})

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LOBES', 'FLUID', 'ULTRASOUND', 'draw_ultrasound']
 
-# %% ../../../nbs/11g_ultrasound.ipynb #edb2b9c2
+# %% ../../../nbs/11g_ultrasound.ipynb #0396b0ea
 from types import SimpleNamespace
 
 import numpy as np
 
 from .drawing import blend, curve, ellipse, soft, stamps
-from .wording import HERE, SIDES, Finding, Modality, prompts
+from .wording import HERE, SIDES, Finding, Modality
 
 # %% ../../../nbs/11g_ultrasound.ipynb #764c43aa
 def _fan(s, b):
@@ -201,7 +201,7 @@ def draw_ultrasound(s): # float32 (n, h, w)
     for name, (rows, mask) in s.masks.items(): s.masks[name] = rows, mask & (b.view[rows] > .5)
     return _overlay(s, _echoes(s, b))
 
-# %% ../../../nbs/11g_ultrasound.ipynb #cfaa8b04
+# %% ../../../nbs/11g_ultrasound.ipynb #694699ab
 LOBES = {f'{k} lobe': (f'in the {k} lobe of the liver', x, y) for k, (_, x, y) in SIDES.items()}
 FLUID = {'subphrenic space': ('beneath the diaphragm', 1, 0),
          'hepatorenal recess': ('in the hepatorenal recess', -1, 0)}
@@ -231,4 +231,4 @@ ULTRASOUND = Modality('B-mode ultrasound of the upper abdomen', 1, draw_ultrasou
 ), {
     'callipers': (.35, 'Callipers are placed.', ''), 'contact': (.3, 'A contact shadow is present.', ''),
     'rib': (.5, 'A rib shadow crosses the field.', ''),
-}, prompts('abdominal ultrasound'))
+})
