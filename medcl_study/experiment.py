@@ -48,7 +48,7 @@ from .pretext import general_image_tower
 from .results import write_examples
 from .trainer import TrainConfig, process_group, train
 
-# %% ../nbs/70_experiment.ipynb #dea1889c
+# %% ../nbs/70_experiment.ipynb #6cabf55e
 BASELINES = { # rows of a study that are not pretrained
     'random_init': 'Untrained encoder',
     'shortcuts': 'No encoder',
@@ -85,7 +85,7 @@ class Run:
     clip_norm: float = 1.0
     precision: str = 'fp32' # 'fp32', 'bf16' or 'fp16'
     threads: int = 1 # of the CPU; sums are grouped by it, so it decides the last digits
-    draws: int = 20 # random initialisations that random_init scores
+    draws: int = 50 # random initialisations that random_init scores
     tasks: tuple = ('phantom/zeroshot', 'phantom/probe', 'phantom/retrieval') # set/protocol
     workers: int = field(default=0, metadata={'free': True}) # loader processes; changes no result
     devices: int = field(default=1, metadata={'free': True}) # processes of torchrun; changes results by rounding
@@ -231,7 +231,7 @@ def _retrieval_task(run):
     return part, Task(name, 'retrieval', modality=run.modality if run.data == 'phantom' else 'mixed', source=part.corpus.source,
                       split='held-out groups')
 
-# %% ../nbs/70_experiment.ipynb #64bb512c
+# %% ../nbs/70_experiment.ipynb #ff5b81e8
 class Unavailable(RuntimeError):
     "Something a run needs cannot be had on this machine; the message says how to get it."
 
@@ -253,29 +253,44 @@ def _text_parts(run, texts):
     return Tokenizer.load('minilm'), None if run.text_init == 'random' else 'hub'
 
 
+def _train_texts(run):
+    "List the texts of one epoch, without making an image."
+    corpus = _phantoms(run, 'train', run.train_pairs) if run.data == 'phantom' else _pairs(run).split('train')
+    return list(corpus.frame.text)
+
+
+def _heads(method, tokenizer, texts, max_tokens):
+    "Complete the options of heads that predict words: they choose among the tokens that occur in training."
+    if not any('vocabulary' in o for o in method.heads.values()): return method.heads or None
+    tokens = tokenizer(texts(), max_tokens=max_tokens)
+    found = {'vocabulary': np.unique(tokens.ids[tokens.mask]).tolist()}
+    return {name: o | found if 'vocabulary' in o else o for name, o in method.heads.items()}
+
+
 def make_encoder(run: Run) -> DualEncoder:
     "Build the untrained encoder of a run, from its seed."
-    tokenizer, text_weights = _text_parts(run, lambda: pair_part(run, 'train').corpus.frame.text)
+    method, texts = find_method(run.method if run.trained else 'clip'), functools.partial(_train_texts, run)
+    tokenizer, text_weights = _text_parts(run, texts)
     config = EncoderConfig(image_tower=run.image_tower, text_tower=run.text_tower, image_size=run.image_size,
-                           channels=run.channels, dim=run.dim, max_tokens=run.max_tokens, vocab_size=tokenizer.vocab_size)
+                           channels=run.channels, dim=run.dim, max_tokens=run.max_tokens, vocab_size=tokenizer.vocab_size,
+                           image_head=method.projection, text_head=method.projection, scale_init=method.scale,
+                           bias_init=method.bias, heads=_heads(method, tokenizer, texts, run.max_tokens))
     weights = None if run.method == 'random_init' else _image_weights(run)
     seed_everything(seed_from('encoder', run.seed))
     encoder = DualEncoder(config, tokenizer=tokenizer, image_weights=weights,
                           text_weights=None if run.method == 'random_init' else text_weights)
     if not run.trained: return encoder
-    method = find_method(run.method)
+    encoder.logit_scale.requires_grad_(method.learn_scale)
     if method.lock_text is not None and text_weights is None:
         raise Unavailable(f'{run.method} keeps the text tower as it is, so it needs a pretrained one: text_tower minilm_2')
-    return encoder.freeze(lock_image=method.lock_image, lock_text=method.lock_text).ask(
-        mask_ratio=method.mask_ratio, views=method.views)
+    return encoder.freeze(lock_image=method.lock_image, lock_text=method.lock_text).ask(**method.wishes)
 
-# %% ../nbs/70_experiment.ipynb #bfaf7bdc
+# %% ../nbs/70_experiment.ipynb #d42a14d9
 def _dataset(run, part, tokenizer):
     "Tokenize a part and join it with its pixels."
     tokens = tokenizer(list(part.corpus.frame.text), max_tokens=run.max_tokens)
-    views = find_method(run.method).views
-    return PairDataset(part.images, tokens, part.corpus.text_ids(), seed=seed_from('augment', run.seed), views=views,
-                       augmentation=run.augmentation)
+    return PairDataset(part.images, tokens, part.corpus.text_ids(), seed=seed_from('augment', run.seed),
+                       augmentation=run.augmentation, views=find_method(run.method).views)
 
 
 def _train_data(run, tokenizer):

@@ -26,11 +26,11 @@ from .encoders.image import image_tower, random_keep
 from .losses.contrast import info_nce
 from .trainer import warmup_cosine
 
-# %% ../nbs/45_pretext.ipynb #18342e40
+# %% ../nbs/45_pretext.ipynb #7747ef19
 @dataclass(frozen=True)
 class Recipe:
     "How a general tower is trained; part of its file's name."
-    steps: int = 160 # each on fresh pictures
+    steps: int = 190 # each on fresh pictures
     batch_size: int = 32 # pictures, two views each
     lr: float = 1e-3 # of AdamW: embeddings, norms, biases and the head
     weight_decay: float = 0.05 # of AdamW
@@ -38,7 +38,7 @@ class Recipe:
     warmup: float = 0.1 # share of all steps
     temperature: float = 0.1
     drop: float = 0.5 # part of each view's patches that the tower does not see, if it can skip patches
-    smallest: float = 0.8 # side of the smallest crop: places, not only textures, have to be kept
+    smallest: float = 0.5 # side of the smallest crop
     jitter: float = 0.15 # of contrast; half as much of brightness
     noise: float = 0.03 # deviation added to each pixel, for pixels in 0…1
     image_size: int = 64 # largest side trained at; a tower for larger images starts from it

@@ -366,7 +366,7 @@ class Checkpoint(Callback):
                   'threads': torch.get_num_threads()}
         with atomic(self.file) as tmp: torch.save(state, tmp)
 
-# %% ../nbs/40_trainer.ipynb #52f21794
+# %% ../nbs/40_trainer.ipynb #87258cc7
 class Progress(ProgressCallback):
     "Show fastai's progress bars, with the last recorded loss, on the first process."
     def before_fit(self): self.mbar = master_bar(range(self.n_epoch))
@@ -375,13 +375,14 @@ class Progress(ProgressCallback):
         if self.monitor.history: self.pbar.comment = f"loss {self.monitor.history[-1]['loss']:.3f}"
 
 
-class _Clamp(Callback):
-    "Let the model bound its own parameters, such as the temperature, after each step."
-    def __init__(self, model): self.bound = getattr(model, 'clamp_', None)
+class _Follow(Callback):
+    "After each step, let the model bound its own parameters, such as the temperature, and move its momentum copies."
+    def __init__(self, model): self.weights = model
     def after_step(self):
-        if self.bound: self.bound()
+        if hasattr(self.weights, 'clamp_'): self.weights.clamp_()
+        if hasattr(self.weights, 'follow'): self.weights.follow(self.pred)
 
-# %% ../nbs/40_trainer.ipynb #1c722d55
+# %% ../nbs/40_trainer.ipynb #d7021d26
 def _prepare(model, config):
     "Wrap a model for the precision and the micro-batches that a config asks for."
     if PRECISIONS[config.precision]: model = Autocast(model, PRECISIONS[config.precision])
@@ -405,7 +406,7 @@ def train(
     if not hasattr(loaders, 'device'): # fastai forgets that of plain torch loaders, and would take a GPU unasked
         loaders._device = next(model.parameters()).device
     monitor = Monitor(config, per_epoch, files[0])
-    cbs = [TrainEvalCallback, Schedule(config, per_epoch * config.epochs), AverageGradients, monitor, _Clamp(model),
+    cbs = [TrainEvalCallback, Schedule(config, per_epoch * config.epochs), AverageGradients, monitor, _Follow(model),
            Checkpoint(model, config, per_epoch, files[1]), *callbacks]
     if config.clip_norm: cbs.append(GradientClip(config.clip_norm))
     if config.precision == 'fp16': cbs.append(LossScale())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medcl_study.embeddings import Embeddings
-from medcl_study.losses.contrast import contrastive, info_nce, matching_loss
+from medcl_study.losses.contrast import contrastive, info_nce, matching_loss, sigmoid, sigmoid_loss
 from medcl_study.methods import LOSSES, METHODS, method_loss
 
 
@@ -118,3 +118,35 @@ def test_every_method_has_a_finite_loss_that_sees_negatives():
         good, bad = method_loss(name)(matched), method_loss(name)(shuffled)
         assert torch.isfinite(good) and bad > good + 1, name
     assert contrastive(matched) == method_loss('clip')(matched)
+
+
+def sigmoid_by_loops(image, text, scale, bias):
+    "Sum −log σ(±logit) over all combinations, per image."
+    image, text, total = image.tolist(), text.tolist(), 0.
+    for i, u in enumerate(image):
+        for j, v in enumerate(text):
+            logit = scale * sum(a * b for a, b in zip(u, v)) + bias
+            total += math.log1p(math.exp(-logit if i == j else logit))
+    return total / len(image)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 6), scale=st.floats(0, 30), bias=st.floats(-12, 2), seed=st.integers(0, 1000))
+def test_sigmoid_equals_loops(n, scale, bias, seed):
+    image, text = unit(n, 5, seed=seed), unit(n, 5, seed=seed + 1)
+    expected = sigmoid_by_loops(image, text, scale, bias)
+    assert sigmoid_loss(image, text, scale=scale, bias=bias).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_sigmoid_has_the_gradient_of_its_value():
+    image, text = unit(3, 4).requires_grad_(), unit(3, 4, seed=1).requires_grad_()
+    scale, bias = (torch.tensor(o, dtype=torch.float64, requires_grad=True) for o in (5., -2.))
+    assert torch.autograd.gradcheck(lambda i, t, s, b: sigmoid_loss(i, t, scale=s, bias=b), (image, text, scale, bias))
+
+
+def test_sigmoid_agrees_with_open_clip():
+    open_clip = pytest.importorskip('open_clip', reason='pip install medcl_study[clip]')
+    image, text, scale, bias = unit(16, 8), unit(16, 8, seed=1), torch.tensor(10.), torch.tensor(-10.)
+    theirs = open_clip.loss.SigLipLoss()(image.float(), text.float(), scale, bias)
+    ours = sigmoid(Embeddings(image=image.float(), text=text.float(), scale=scale, bias=bias))
+    torch.testing.assert_close(ours, theirs)

@@ -46,7 +46,7 @@ class BatchOrder(Sampler):
         mine = self.rows(self.epoch)[self.start:, self.rank * size:(self.rank + 1) * size]
         yield from ((self.epoch, rows) for rows in mine)
 
-# %% ../../nbs/14_loaders.ipynb #46c62ada
+# %% ../../nbs/14_loaders.ipynb #d65ff6d6
 @dataclasses.dataclass
 class PairDataset(Dataset):
     "Images, token ids and text identities of one corpus, built batch by batch."
@@ -54,16 +54,16 @@ class PairDataset(Dataset):
     tokens: object # data.text.Tokens of the whole corpus
     text_ids: np.ndarray # int64 (rows,)
     seed: int = 0 # of the augmentations
-    views: int = 1
-    augmentation: str = 'none'
+    augmentation: str = 'none' # of the first view
+    views: tuple[str, ...] = () # augmentations of further views
 
     def __len__(self): return len(self.text_ids)
 
     def __getitem__(self, key): # (epoch, rows)
         epoch, rows = key
         images = torch.from_numpy(np.ascontiguousarray(self.images.batch(rows))).permute(0, 3, 1, 2)
-        views = [augment(images, seed=self.seed + 1_000_003 * v, epoch=epoch, index=rows, kind=self.augmentation)
-                 for v in range(self.views)]
+        views = [augment(images, seed=self.seed + 1_000_003 * v, epoch=epoch, index=rows, kind=kind)
+                 for v, kind in enumerate((self.augmentation, *self.views))]
         length = max(1, int(self.tokens.mask[rows].sum(1).max()))
         ids, mask, sentences = (torch.from_numpy(o[rows, :length])
                                 for o in (self.tokens.ids, self.tokens.mask, self.tokens.sentences))

@@ -206,7 +206,7 @@ def _check_activation(expected, measured, file):
             raise DataError(f'the {tower} weights were trained with {expected[tower]}, this configuration builds {measured[tower]}',
                             file=file, remedy="Correct hidden_act (open_clip: quick_gelu) there: outputs would be silently wrong.")
 
-# %% ../../nbs/24_checkpoints.ipynb #fe8fd6e0
+# %% ../../nbs/24_checkpoints.ipynb #3148502e
 _LIBRARIES = { # name → describe a folder, load its model and tokenizer, build the model without weights, regroup it
     'hf': (_describe_hf, _load_hf, _build_hf, _parts_hf),
     'open_clip': (_describe_open_clip, _load_open_clip, _build_open_clip, _parts_open_clip),
@@ -233,7 +233,7 @@ class PretrainedEncoder(DualEncoder):
         self.config = EncoderConfig(image_tower=checkpoint.library, text_tower=checkpoint.library, image_size=checkpoint.image_size,
                                     dim=dim, vocab_size=self.text.vocab_size, max_tokens=max_tokens or checkpoint.context,
                                     image_head='source', text_head='source', pretrained_heads=True)
-        self.tokenizer, self.request = SourceTokenizer(tokenizer, checkpoint), Request()
+        self.tokenizer, self.request, self.heads = SourceTokenizer(tokenizer, checkpoint), Request(), nn.ModuleDict()
         self._check()
 
     @property
