@@ -5,17 +5,51 @@
 # %% auto #0
 __all__ = ['LOSSES', 'GROUPS', 'METHODS', 'Method', 'find_method', 'method_loss']
 
-# %% ../nbs/38_methods.ipynb #e069f1bd
+# %% ../nbs/38_methods.ipynb #1b969790
 import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
-from .losses.contrast import contrastive
+from .losses.contrast import contrastive, sigmoid
+from .losses.generative import captioning, masked_language
+from .losses.local import LOCAL_PRESETS, local_loss, lovt, lovt_released, weighted_contrastive
+from .losses.masked import integrity_contrastive, maco, masked_prediction
+from .losses.tokens import filip, filip_unpaired, gloria, gloria_global, mgca, mgca_prototypes, sparc
+from .losses.transport import patch_sentence, patch_sentence_within
+from .losses.unimodal import multi_view, neighbour, shifted_contrast, simclr, simsiam, view_contrast
 
-# %% ../nbs/38_methods.ipynb #b4643b0e
+# %% ../nbs/38_methods.ipynb #203b6240
 LOSSES = {
-    'contrastive': contrastive,
+    'contrastive': contrastive, # losses.contrast
+    'sigmoid': sigmoid,
+    'view_contrast': view_contrast, # losses.unimodal
+    'shifted_contrast': shifted_contrast,
+    'simclr': simclr,
+    'simsiam': simsiam,
+    'multi_view': multi_view,
+    'neighbour': neighbour,
+    'captioning': captioning, # losses.generative
+    'masked_language': masked_language,
+    'filip': filip, # losses.tokens
+    'filip_unpaired': filip_unpaired,
+    'sparc': sparc,
+    'gloria': gloria,
+    'gloria_global': gloria_global,
+    'mgca': mgca,
+    'mgca_prototypes': mgca_prototypes,
+    'weighted_contrastive': weighted_contrastive, # losses.local
+    'weighted_contrastive_pooled': partial(weighted_contrastive, pooled=True),
+    'lovt': lovt,
+    'lovt_released': lovt_released,
+    'local_align': partial(local_loss, options=LOCAL_PRESETS['local_align']),
+    'local_uniform': partial(local_loss, options=LOCAL_PRESETS['local_uniform']),
+    'patch_sentence': patch_sentence, # losses.transport
+    'patch_sentence_within': patch_sentence_within,
+    'integrity_contrastive': integrity_contrastive, # losses.masked
+    'maco': maco,
+    'masked_prediction': masked_prediction,
 }
 
 # %% ../nbs/38_methods.ipynb #e52703d1
@@ -85,8 +119,10 @@ def _require(method, holds, field, expected, got):
     "Raise `ValueError` naming the method and the field."
     if not holds: raise ValueError(f'method {method.name!r}: {field} must be {expected}, not {got!r}')
 
-# %% ../nbs/38_methods.ipynb #27fbaffa
+# %% ../nbs/38_methods.ipynb #520bfee8
 _STUDY = '2406.07450, released code'
+_LOCAL = {'kind': 'mlp', 'hidden': 256, 'attention': 'learned'}
+_LOVT = _LOCAL | {'pool': True, 'pool_heads': 2}
 
 
 def _unlock(tower, k, label):
@@ -104,6 +140,58 @@ METHODS = {o.name: o for o in (
     _unlock('text', 1, 'Text tower: last group trains'),
     _unlock('text', 2, 'Text tower: last 2 groups train'),
     _unlock('text', 6, 'Text tower: last 6 groups train'),
+
+    Method('siglip', 'SigLIP', {'sigmoid': 1.0}, scale=10.0, bias=-10.0, source='2303.15343, eq. 2'),
+    Method('convirt', 'ConVIRT', {'weighted_contrastive': 1.0}, one_sentence=True, projection='mlp', scale=10.0,
+           learn_scale=False, ours='mean instead of maximum over words; crops instead of its augmentations',
+           source='2010.00747, eqs. 2-4'),
+
+    Method('uni_image', 'CLIP + image-image contrast', {'contrastive': 0.5, 'view_contrast': 0.5}, 'unimodal',
+           views=('crop',), ours='the first view is the whole image, not a crop', source=_STUDY),
+    Method('uni_masked', 'CLIP + image-masked image contrast', {'contrastive': 0.5, 'view_contrast': 0.5}, 'unimodal',
+           views=('crop',), view_mask_ratio=0.5, ours='as uni_image', source=_STUDY),
+    Method('slip', 'SLIP', {'contrastive': 1.0, 'simclr': 1.0}, 'unimodal', views=('strong', 'strong'),
+           heads={'view_projection': {}}, ours='LayerNorm in the head; milder views: small findings must survive',
+           source='2112.12750, algorithm 1'),
+    Method('declip', 'DeCLIP', {'contrastive': 0.1, 'multi_view': 0.3, 'simsiam': 0.2, 'masked_language': 0.2,
+                                'neighbour': 0.2}, 'unimodal', views=('strong',), heads={'declip': {'vocabulary': None}},
+           floor=-0.2, ours='LayerNorm; a queue of 1,024 texts; words out of those of the training texts',
+           source='2110.05208, eq. 8 and released weights'),
+
+    Method('coca', 'CoCa', {'contrastive': 1.0, 'captioning': 2.0}, 'token', outputs=('patches',),
+           heads={'captioner': {'vocabulary': None}}, source='2205.01917, eqs. 1-4',
+           ours='two decoder layers with embeddings of their own, since the text tower looks ahead'),
+    Method('filip', 'FILIP', {'filip': 1.0}, 'token', outputs=('patches', 'words'), score='late', source='2111.07783, eqs. 4-6'),
+    Method('sparc', 'SPARC', {'contrastive': 0.5, 'sparc': 1.0}, 'token', outputs=('patches', 'words'), source='2401.09865, sec. 3'),
+    Method('gloria', 'GLoRIA', {'gloria_global': 1.0, 'gloria': 1.0}, 'token', heads={'local': {'text': 'words'}},
+           scale=10.0, learn_scale=False, ours='word pieces stay pieces', source='Huang et al., ICCV 2021, eqs. 1-8'),
+    Method('mgca', 'MGCA', {'contrastive': 2.0, 'mgca': 0.7, 'mgca_prototypes': 0.5}, 'token', outputs=('patches', 'words'),
+           heads={'prototypes': {}}, learn_scale=False, ours='tokens weigh alike: towers without class attention', source='2210.06044, eqs. 2-9'),
+
+    Method('lovt', 'LoVT', {'weighted_contrastive': 0.5, 'weighted_contrastive_pooled': 0.5, 'lovt': 1.0}, 'local',
+           heads={'local': _LOVT}, scale=10.0, learn_scale=False, source='2112.02889, eqs. 1-9',
+           ours='the objective with sentences counted right; LayerNorm; half of the global loss on the global vectors of all rows'),
+    Method('local_align', 'local align (ours)', {'contrastive': 1.0, 'local_align': 1.0}, 'local', heads={'local': _LOCAL},
+           ours='all: after the question of 2211.07254', source='this study'),
+    Method('local_uniform', 'local uniform (ours)', {'contrastive': 1.0, 'local_uniform': 1.0}, 'local', heads={'local': _LOCAL},
+           floor=-3.05, ours='all: after the question of 2211.07254', source='this study'),
+
+    Method('maco', 'MaCo', {'maco': 1.0, 'masked_prediction': 1.0}, 'masked', mask_ratio=0.5,
+           heads={'integrity': {'content': False}, 'masked_prediction': {'target': 'pixels'}}, scale=1 / 0.03,
+           ours='a small decoder; the scale is learned as an exponential', source='2309.05904, code 7f64d95'),
+    Method('mlip', 'MLIP-inspired (ours)', {'integrity_contrastive': 1.0, 'patch_sentence': 0.1, 'masked_prediction': 0.05},
+           'masked', mask_ratio=0.5, outputs=('patches', 'sentences'), heads={'integrity': {}, 'masked_prediction': {}},
+           ours='all: after the abstract of 2401.01591', source='this study'),
+
+    Method('filip_unpaired', 'control: FILIP without negatives', {'filip_unpaired': 1.0}, 'control',
+           outputs=('patches', 'words'), score='late', source=f'{_STUDY}: only matched pairs are scored'),
+    Method('uni_image_shifted', 'control: views of other images', {'shifted_contrast': 1.0}, 'control', views=('crop',),
+           source=f'{_STUDY}: accumulation pairs the wrong samples'),
+    Method('uni_masked_unmasked', 'control: the masked view is not masked', {'contrastive': 0.5, 'view_contrast': 0.5}, 'control',
+           views=('crop',), source=f'{_STUDY}: the second view keeps all patches'),
+    Method('lovt_released', 'control: LoVT with padding counted', {'weighted_contrastive': 0.5, 'weighted_contrastive_pooled': 0.5,
+                                                                  'lovt_released': 1.0}, 'control',
+           heads={'local': _LOVT | {'padded': True, 'norm': 'batch'}}, scale=10.0, learn_scale=False, source='lovt, code f548985'),
 )}
 
 # %% ../nbs/38_methods.ipynb #29c0270f

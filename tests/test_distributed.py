@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import rows
 from medcl_study.losses.contrast import contrastive
+from medcl_study.methods import METHODS
 from medcl_study.trainer import train
 from toy import CONFIG, Encoder, encoder_with_idle_parts, gradients, loaders, pairs
 
@@ -19,7 +21,7 @@ def ranks(tmp_path_factory):
     script = Path(__file__).with_name('toy.py')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, folder]
     env = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder/f'rank{r}.pt', weights_only=True) for r in range(2)]
 
@@ -70,3 +72,16 @@ def test_training_equals_one_process(ranks):
 
 def test_an_interrupted_run_resumes_exactly(ranks):
     assert len({h for o in ranks for h in o['hashes']}) == 1
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_equals_one_process(ranks, name):
+    "Also with texts of another length on each rank, further views and extra heads."
+    if name == 'lovt_released': pytest.skip('the defect is that padding, which depends on the cut, is counted')
+    loss, full = rows.gradients(name, rows.batch())
+    parts = [o['rows'][name] for o in ranks]
+    assert sum(o.item() for o, _ in parts) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    for _, found in parts:
+        assert {k for k, g in found.items() if g is None} == {k for k, g in full.items() if g is None}
+        a, b = (torch.cat([g.flatten() for g in o.values() if g is not None]) for o in (found, full))
+        assert (a - b).norm() <= 1e-5 * b.norm()

@@ -134,6 +134,15 @@ def encoder_with_idle_parts(seed=0):
     return model
 
 
+def rows_in_half(rank, world):
+    "Compute one step of every method on this rank's part of the batch; texts are cut to the part's own length."
+    import rows
+    data = {k: v.chunk(world)[rank] for k, v in rows.batch().items()}
+    longest = int(data['token_mask'].sum(1).max())
+    data |= {k: data[k][:, :longest] for k in ('tokens', 'token_mask', 'sentence_index')}
+    return rows.of_all_rows(data, reduce=average_gradients)
+
+
 def two_process_run(folder):
     "Run every check that needs two processes; started by torchrun, which `test_distributed.py` calls once."
     torch.set_num_threads(1)
@@ -162,7 +171,7 @@ def two_process_run(folder):
             model = Encoder(dropout=.2, mask_ratio=.5, seed=rank)
             train(model, contrastive, loaders(**kwargs), CONFIG, folder=where)
             hashes.append(weights_hash(model))
-        found |= {'hashes': hashes, 'world': world}
+        found |= {'hashes': hashes, 'world': world, 'rows': rows_in_half(rank, world)}
         torch.save(found, Path(folder)/f'rank{rank}.pt')
 
 

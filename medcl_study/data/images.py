@@ -383,7 +383,7 @@ def _open(folder, slots, corpus, refuse):
     rows = np.setdiff1d(np.arange(len(slots)), lost)
     return PackedCache(folder, slots[rows], rows=rows, report=report)
 
-# %% ../../nbs/13_images.ipynb #f0f07937
+# %% ../../nbs/13_images.ipynb #f6287dc8
 @dataclass(frozen=True)
 class Augmentation:
     "Ranges of the random changes; the defaults change nothing."
@@ -400,6 +400,7 @@ AUGMENTATIONS = {
     'crop': Augmentation(crop=(0.6, 1.0)),
     'radiograph': Augmentation(crop=(0.6, 1.0), rotate=20, shift=0.1, light=0.4, blur=3.0), # 2010.00747, no flips
     'tissue': Augmentation(crop=(0.4, 1.0), light=0.3, flips=True),
+    'strong': Augmentation(crop=(0.3, 1.0), light=0.4, blur=2.0), # after SLIP, 2112.12750; its crops go down to 0.08
 }
 
 

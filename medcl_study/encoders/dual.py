@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'EXTRA_HEADS', 'MAX_SCALE', 'EncoderConfig', 'Request', 'Encoded', 'projection', 'extra_head', 'DualEncoder',
            'random_sentence']
 
-# %% ../../nbs/22_dual.ipynb #ded0f725
+# %% ../../nbs/22_dual.ipynb #da4adced
 import contextlib
 import dataclasses
 import math
@@ -21,9 +21,14 @@ from torch.nn import functional as F
 from ..core import DataError, read_json, write_json, write_tensors
 from ..data.text import Tokenizer
 from ..embeddings import Embeddings, gather, gather_padded
+from .captioner import Captioner
 from .heads import Step
 from .image import image_tower, random_keep
+from .local import LocalHeads
+from .masked import Integrity, MaskedPrediction
+from .prototypes import Prototypes
 from .text import sentence_means, text_tower
+from .views import Declip, ViewProjection
 from .weights import eval_frozen, leave_trainable, load_weights, read_weights
 
 # %% ../../nbs/22_dual.ipynb #ad51db5f
@@ -98,8 +103,15 @@ def projection(
     if name not in HEADS: raise ValueError(f"head '{name}': expected one of {', '.join(HEADS)}")
     return HEADS[name](width, dim)
 
-# %% ../../nbs/22_dual.ipynb #e5b41518
+# %% ../../nbs/22_dual.ipynb #37b3e7b2
 EXTRA_HEADS = { # name → Head
+    'view_projection': ViewProjection, # SLIP's views in a space of their own
+    'declip': Declip, # Siamese views, a second text, hidden words, a queue of texts
+    'captioner': Captioner, # CoCa's decoder
+    'prototypes': Prototypes, # MGCA's clusters
+    'local': LocalHeads, # spaces of regions and of words or sentences
+    'integrity': Integrity, # how much a masked image still shows
+    'masked_prediction': MaskedPrediction, # what the hidden patches hold
 }
 
 
