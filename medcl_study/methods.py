@@ -119,25 +119,26 @@ def _require(method, holds, field, expected, got):
     "Raise `ValueError` naming the method and the field."
     if not holds: raise ValueError(f'method {method.name!r}: {field} must be {expected}, not {got!r}')
 
-# %% ../nbs/38_methods.ipynb #520bfee8
+# %% ../nbs/38_methods.ipynb #03bbcbb5
 _STUDY = '2406.07450, released code'
 _LOCAL = {'kind': 'mlp', 'hidden': 256, 'attention': 'learned'}
 _LOVT = _LOCAL | {'pool': True, 'pool_heads': 2}
 
 
-def _unlock(tower, k, label):
+def _unlock(tower, k, label, ours=''):
     "Make the row that trains only the last `k` groups of one tower."
-    return Method(f'{tower}_unlock_{k}', label, {'contrastive': 1.0}, 'locked', **{f'lock_{tower}': k}, source=_STUDY)
+    return Method(f'{tower}_unlock_{k}', label, {'contrastive': 1.0}, 'locked', **{f'lock_{tower}': k}, ours=ours, source=_STUDY)
 
 
 METHODS = {o.name: o for o in (
     Method('clip', 'CLIP', {'contrastive': 1.0}, source='2103.00020, figure 3'),
-    Method('flip', 'FLIP, half of the patches', {'contrastive': 1.0}, 'masked', mask_ratio=0.5, source='2212.00794, sec. 3'),
+    Method('flip', 'FLIP, half of the patches', {'contrastive': 1.0}, 'masked', mask_ratio=0.5,
+           ours='no unmasked steps at the end', source='2212.00794, sec. 3'),
     Method('lock_image', 'Image tower locked (LiT)', {'contrastive': 1.0}, 'locked', lock_image=0, source='2111.07991, sec. 3'),
     Method('lock_text', 'Text tower locked', {'contrastive': 1.0}, 'locked', lock_text=0, source=_STUDY),
-    _unlock('image', 2, 'Image tower: last 2 groups train'),
+    _unlock('image', 2, 'Image tower: last 2 groups train', 'this k, for small towers'),
     _unlock('image', 7, 'Image tower: last 7 groups train'),
-    _unlock('text', 1, 'Text tower: last group trains'),
+    _unlock('text', 1, 'Text tower: last group trains', 'this k, for small towers'),
     _unlock('text', 2, 'Text tower: last 2 groups train'),
     _unlock('text', 6, 'Text tower: last 6 groups train'),
 
@@ -161,12 +162,14 @@ METHODS = {o.name: o for o in (
     Method('coca', 'CoCa', {'contrastive': 1.0, 'captioning': 2.0}, 'token', outputs=('patches',),
            heads={'captioner': {'vocabulary': None}}, source='2205.01917, eqs. 1-4',
            ours='two decoder layers with embeddings of their own, since the text tower looks ahead'),
-    Method('filip', 'FILIP', {'filip': 1.0}, 'token', outputs=('patches', 'words'), score='late', source='2111.07783, eqs. 4-6'),
+    Method('filip', 'FILIP', {'filip': 1.0}, 'token', outputs=('patches', 'words'), score='late',
+           ours='all tokens take part, not the most telling quarter', source='2111.07783, eqs. 4-6'),
     Method('sparc', 'SPARC', {'contrastive': 0.5, 'sparc': 1.0}, 'token', outputs=('patches', 'words'), source='2401.09865, sec. 3'),
     Method('gloria', 'GLoRIA', {'gloria_global': 1.0, 'gloria': 1.0}, 'token', heads={'local': {'text': 'words'}},
            scale=10.0, learn_scale=False, ours='word pieces stay pieces', source='Huang et al., ICCV 2021, eqs. 1-8'),
     Method('mgca', 'MGCA', {'contrastive': 2.0, 'mgca': 0.7, 'mgca_prototypes': 0.5}, 'token', outputs=('patches', 'words'),
-           heads={'prototypes': {}}, learn_scale=False, ours='tokens weigh alike: towers without class attention', source='2210.06044, eqs. 2-9'),
+           heads={'prototypes': {}}, learn_scale=False, source='2210.06044, eqs. 2-9',
+           ours='tokens weigh alike: towers without class attention'),
 
     Method('lovt', 'LoVT', {'weighted_contrastive': 0.5, 'weighted_contrastive_pooled': 0.5, 'lovt': 1.0}, 'local',
            heads={'local': _LOVT}, scale=10.0, learn_scale=False, source='2112.02889, eqs. 1-9',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECALL_AT', 'METRICS', 'Undefined', 'one_hot', 'enough_positives', 'accuracy', 'balanced_accuracy', 'macro_f1',
            'auroc', 'auprc', 'class_auroc', 'macro_auroc', 'macro_auprc', 'recall_at_k', 'median_rank', 'chance_recall',
-           'Metric']
+           'mean_score', 'macro_pointing', 'chance_pointing', 'Metric']
 
 # %% ../nbs/50_metrics.ipynb #222a173c
 from collections.abc import Callable
@@ -239,7 +239,51 @@ def chance_recall(
     miss = np.exp(log_binomial(np.where(sure, k, wrong), k) - log_binomial(candidates, k))
     return float(np.where(sure, 1., 1 - miss).mean())
 
-# %% ../nbs/50_metrics.ipynb #862886af
+# %% ../nbs/50_metrics.ipynb #3ff12a16
+def mean_score(
+    scores, # (n, width)
+    targets, # (n, …); not read
+    *,
+    column: int, # which of the scores
+    weights=None, # (n,) or (b, n)
+) -> np.ndarray: # () or (b,)
+    "Average one score over samples."
+    scores, targets, w = _checked(scores, targets, weights)
+    return w @ scores[:, column] / w.sum(-1)
+
+
+def macro_pointing(
+    scores, # (n, width) of which the first is 1 for a hit, else 0
+    targets, # (n,) index of the finding, or (n, 3) with patches that hit and patches of the grid beside it
+    *,
+    weights=None, # (n,) or (b, n)
+    least: int = 5, # regions a finding needs to enter
+) -> np.ndarray: # () or (b,)
+    "Average the share of hits over findings with enough regions; raises `Undefined` if there are none."
+    scores, targets, w = _checked(scores, targets, weights)
+    truth = _by_finding(targets, least)
+    return _macro((w * scores[:, 0]) @ truth, w @ truth)
+
+
+def chance_pointing(
+    targets, # (n, 3) index of the finding, patches that hit, patches of the grid
+    *,
+    least: int | None = None, # regions a finding needs to enter the mean over findings; None = mean over regions
+) -> float:
+    "Return the share of hits expected of a patch drawn at random."
+    targets = np.asarray(targets)
+    chance = targets[:, 1] / targets[:, 2]
+    if least is None: return float(chance.mean())
+    truth = _by_finding(targets, least)
+    return float(_macro(chance @ truth, truth.sum(0).astype(np.float64)))
+
+
+def _by_finding(targets, least):
+    "Return which rows belong to which finding with enough regions, (n, findings)."
+    finding = targets.reshape(len(targets), -1)[:, 0]
+    return _scorable(finding, int(finding.max()) + 1, least)[1]
+
+# %% ../nbs/50_metrics.ipynb #45ecbd16
 @dataclass(frozen=True)
 class Metric:
     "One metric: `function(scores, targets, weights=…)`, where it applies, and how it reads."
@@ -249,6 +293,8 @@ class Metric:
     chance: Callable # (targets, classes) -> float, or None where a guesser has no single value
     macro: bool = False # averages over classes with enough positives
     share: bool = False # a proportion of samples
+    mean: bool = False # a mean of one number per sample
+    bounds: tuple[float, float] = (0., 1.) # of its values
     smaller_is_better: bool = False
 
 
@@ -256,7 +302,9 @@ def _half(targets, classes): return .5
 def _no_chance(targets, classes): return None
 def _prevalence(targets, classes): return float(np.mean(np.asarray(targets).reshape(-1)))
 def _one_of_kept(targets, classes): return 1 / int(enough_positives(targets, classes).sum())
+def _zero(targets, classes): return 0.
 def _chance_recall(targets, classes, *, k): return chance_recall(targets, k)
+def _chance_pointing(targets, classes, *, least=None): return chance_pointing(targets, least=least)
 def _macro_prevalence(targets, classes):
     return float(one_hot(targets, classes)[:, enough_positives(targets, classes)].mean())
 
@@ -284,4 +332,11 @@ METRICS = {
     **{f'recall_at_{k}': Metric(partial(recall_at_k, k=k), f'Recall@{k}', ('retrieval',),
                                 partial(_chance_recall, k=k), share=True)
        for k in RECALL_AT},
-    'median_rank': Metric(median_rank, 'median rank', ('retrieval',), _chance_median, smaller_is_better=True)}
+    'median_rank': Metric(median_rank, 'median rank', ('retrieval',), _chance_median, bounds=(1, np.inf),
+                          smaller_is_better=True),
+    'pointing': Metric(partial(mean_score, column=0), 'pointing game', ('grounding',), _chance_pointing, share=True),
+    'macro_pointing': Metric(macro_pointing, 'macro pointing game', ('grounding',), partial(_chance_pointing, least=5),
+                             macro=True),
+    'cnr': Metric(partial(mean_score, column=1), 'contrast-to-noise ratio', ('grounding',), _zero, mean=True,
+                  bounds=(-np.inf, np.inf)),
+    'miou': Metric(partial(mean_score, column=2), 'mean IoU', ('grounding',), _no_chance, mean=True)}

@@ -22,8 +22,9 @@ from . import stats
 from .core import DataError, atomic
 from .metrics import METRICS, Undefined, enough_positives, one_hot
 
-# %% ../nbs/52_predictions.ipynb #fb36dec5
-KINDS = {'binary': 'auroc', 'multiclass': 'macro_auroc', 'multilabel': 'macro_auroc', 'retrieval': 'recall_at_10'}
+# %% ../nbs/52_predictions.ipynb #211c308f
+KINDS = {'binary': 'auroc', 'multiclass': 'macro_auroc', 'multilabel': 'macro_auroc', 'retrieval': 'recall_at_10',
+         'grounding': 'pointing'}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Task:
         classes = tuple(self.classes)
         if len(set(classes)) != len(classes): raise ValueError(f'task {self.name!r}: a class name occurs twice')
         fits = {'binary': len(classes) == 2, 'multiclass': len(classes) > 2, 'multilabel': len(classes) > 0,
-                'retrieval': not classes}[self.kind]
+                'retrieval': not classes, 'grounding': len(classes) > 0}[self.kind]
         if not fits: raise ValueError(f'task {self.name!r}: {len(classes)} classes do not make a {self.kind} task')
         object.__setattr__(self, 'classes', classes)
         object.__setattr__(self, 'metric', self.metric or KINDS[self.kind])
@@ -57,7 +58,7 @@ class Task:
         "Return the fields as JSON holds them."
         return dataclasses.asdict(self) | {'classes': list(self.classes)}
 
-# %% ../nbs/52_predictions.ipynb #7465a91d
+# %% ../nbs/52_predictions.ipynb #15091686
 COLUMNS = ('run', 'task', 'protocol', 'prompt_set', 'draw', 'id', 'group', 'target', 'scores')
 _KEY = ['run', 'task', 'protocol', 'prompt_set', 'draw', 'id']
 
@@ -65,8 +66,8 @@ _KEY = ['run', 'task', 'protocol', 'prompt_set', 'draw', 'id']
 def prediction_rows(
     task: Task, # what is predicted
     ids, # (n,) sample ids, unique
-    targets, # (n,) class indices; (n, classes) of 0 and 1 if multi-label; (n, 2) positives and candidates if retrieval
-    scores, # (n, classes); retrieval: (n,) or (n, 1) rank of the best positive, from 1
+    targets, # (n,) class indices, or as the table above says for the other kinds
+    scores, # (n, classes), or as the table above says; ranks may be (n,)
     *,
     protocol: str, # e.g. 'zeroshot', 'probe', 'image_to_text', or a baseline's name
     run: str = '', # run id; may be filled in later with `frame.assign(run=…)`
@@ -124,11 +125,12 @@ def _row_error(frame, bad, what, file, remedy=None):
     return DataError(f'{what} (task {row["task"]!r}, protocol {row["protocol"]!r}, id {row["id"]!r})', file,
                      frame.index[i] + 1, remedy)
 
-# %% ../nbs/52_predictions.ipynb #be1b4b94
+# %% ../nbs/52_predictions.ipynb #7a5045fc
 def _check_task(task, rows, file):
     "Check target and scores of the rows of one task."
     k = len(task.classes)
-    width = {'binary': (1, 2), 'multiclass': (1, k), 'multilabel': (k, k), 'retrieval': (2, 1)}[task.kind]
+    width = {'binary': (1, 2), 'multiclass': (1, k), 'multilabel': (k, k), 'retrieval': (2, 1),
+             'grounding': (3, 3)}[task.kind]
     for column, size in zip(('target', 'scores'), width):
         bad = rows[column].map(lambda o: len(o) if np.ndim(o) else -1).to_numpy() != size
         if bad.any(): raise _row_error(rows, bad, f'{column} must hold {size} numbers', file)
@@ -139,6 +141,11 @@ def _check_task(task, rows, file):
         positives, candidates = target.T
         bad = (positives < 1) | (candidates < positives) | (scores[:, 0] < 1) | (scores[:, 0] > candidates)
         want = 'rank ≥ 1, and 1 ≤ positives ≤ candidates, and rank ≤ candidates'
+    elif task.kind == 'grounding':
+        (finding, hits, patches), (hit, _, iou) = target.T, scores.T
+        bad = (finding < 0) | (finding >= k) | (hits < 0) | (patches < 1) | (hits > patches)
+        bad |= ~np.isin(hit, (0, 1)) | (hit > hits) | (iou < 0) | (iou > 1)
+        want = f'a finding between 0 and {k - 1}, patches that hit ≤ patches, a hit of 0 or 1, and an IoU of 0 to 1'
     else:
         top = 1 if task.kind == 'multilabel' else k - 1
         bad, want = ((target < 0) | (target > top)).any(1), f'a target between 0 and {top}'
@@ -191,7 +198,7 @@ def concat_predictions(
     joined.attrs['tasks'] = tasks
     return check_predictions(joined)
 
-# %% ../nbs/52_predictions.ipynb #0678648a
+# %% ../nbs/52_predictions.ipynb #2c849ebd
 def _arrays(task, rows):
     "Scores, targets (flat for class indices) and groups of one block, in the order of the ids."
     rows = rows.sort_values('id')
@@ -199,9 +206,15 @@ def _arrays(task, rows):
     return scores, targets[:, 0] if task.kind in ('binary', 'multiclass') else targets, rows['group'].to_numpy()
 
 
+def _class_of(task, targets):
+    "Return what says which class a sample has: the index of its finding in grounding, else the targets themselves."
+    return targets[:, 0] if task.kind == 'grounding' else targets
+
+
 def _fewest_groups(task, targets, groups):
     "Count the groups of the scarcest class, positives or negatives, among classes that enter a macro average."
     if task.kind == 'retrieval': return None
+    targets = _class_of(task, targets)
     truth = one_hot(targets, len(task.classes))
     if task.kind != 'binary': truth = truth[:, enough_positives(targets, len(task.classes))]
     counts = [len(np.unique(groups[side])) for positive in truth.T for side in (positive, ~positive)]
@@ -236,13 +249,13 @@ class _Block:
 
     def options(self, metric):
         row = METRICS[metric]
-        bounded = not (row.share or row.smaller_is_better)
+        bounded = not (row.share or row.mean or row.smaller_is_better)
         return {'trials': self.fewest if bounded else None, 'smooth': not row.smaller_is_better}
 
     def estimate(self, metric):
         return stats.estimate(self.statistic(metric), self.draws, share=METRICS[metric].share, **self.options(metric))
 
-# %% ../nbs/52_predictions.ipynb #07fe61cd
+# %% ../nbs/52_predictions.ipynb #0d75c8b6
 def measure(
     frame: pd.DataFrame, # rows of one run, task, protocol, prompt set and draw
     metric: str = '', # key of METRICS; '' = the task's primary one
@@ -285,8 +298,8 @@ def _entry(blocks, metric):
     else:
         mean = _mean(blocks, [o.value for o in estimates], [o.replicates for o in estimates], metric)
         entry |= {o: getattr(mean, o) for o in ('value', 'low', 'high')} | {'draws': len(blocks)}
-    rare = [] if not row.macro else [c for c, kept in zip(task.classes, enough_positives(targets, len(task.classes)))
-                                     if not kept]
+    kept = enough_positives(_class_of(task, targets), len(task.classes)) if row.macro else ()
+    rare = [c for c, enough in zip(task.classes, kept) if not enough]
     if rare: entry['left_out'] = rare
     if estimates[0].cautions: entry['cautions'] = list(estimates[0].cautions)
     return entry
@@ -295,8 +308,8 @@ def _entry(blocks, metric):
 def _mean(blocks, values, replicates, metric, bounds=None):
     "Average over draws or runs of one test set, with both sources of spread."
     _same_samples(blocks)
-    bounds = bounds or ((1, np.inf) if METRICS[metric].smaller_is_better else (0, 1))
-    return stats.mean_over_seeds(values, replicates, groups=len(np.unique(blocks[0].groups)), bounds=bounds)
+    return stats.mean_over_seeds(values, replicates, groups=len(np.unique(blocks[0].groups)),
+                                 bounds=bounds or METRICS[metric].bounds)
 
 
 def _same_samples(blocks):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'PairLearner', 'TrainConfig', 'decay_groups', 'adamw', 'warmup_cosine', 'Schedule', 'Autocast',
            'LossScale', 'micro_batches', 'MicroBatches', 'process_group', 'average_gradients', 'AverageGradients',
-           'diagnostics', 'stuck_at_chance', 'Monitor', 'read_checkpoint', 'Checkpoint', 'Progress', 'train']
+           'effective_rank', 'diagnostics', 'stuck_at_chance', 'Monitor', 'read_checkpoint', 'Checkpoint', 'Progress',
+           'train', 'TermGradients']
 
 # %% ../nbs/40_trainer.ipynb #e991aa87
 import contextlib
@@ -211,18 +212,30 @@ class AverageGradients(Callback):
     def after_backward(self):
         if world_size() > 1: average_gradients(self.model)
 
-# %% ../nbs/40_trainer.ipynb #5b2c8faf
+# %% ../nbs/40_trainer.ipynb #72d73489
+def effective_rank(
+    x: Tensor, # (n, d)
+) -> Tensor: # between 1 and min(n, d)
+    "Exponentiate the entropy of the normalised singular values (RankMe, 2210.02885, eq. 1)."
+    share = torch.linalg.svdvals(x.float())
+    share = share / share.sum() + 1e-7
+    return torch.exp(-(share * share.log()).sum())
+
+
 @torch.no_grad()
 def diagnostics(
     e, # Embeddings of this rank
-) -> dict: # alignment, uniformity (mean of both modalities), accuracy (mean of both directions), scale
+) -> dict: # alignment, uniformity (mean of both modalities), gap, rank, accuracy (mean of both directions), scale; spread
     "Describe the space that the global batch spans."
     image, text = gather(e.image), gather(e.text)
     ids = torch.arange(len(image), device=image.device) if e.text_id is None else gather(e.text_id)
     found = image @ text.T
     hits = [(ids[found.argmax(axis)] == ids).float().mean().item() for axis in (1, 0)]
-    return {'alignment': alignment(image, text).item(), 'uniformity': (uniformity(image) + uniformity(text)).item() / 2,
-            'accuracy': sum(hits) / 2, 'scale': e.scale.item()}
+    found = {'alignment': alignment(image, text).item(), 'uniformity': (uniformity(image) + uniformity(text)).item() / 2,
+             'gap': (image.mean(0) - text.mean(0)).norm().item(), 'rank': effective_rank(image).item(),
+             'accuracy': sum(hits) / 2, 'scale': e.scale.item()}
+    if e.patches is None: return found
+    return found | {'spread': torch.stack([uniformity(o) for o in e.patches.float()]).mean().item()}
 
 
 def stuck_at_chance(
@@ -416,3 +429,23 @@ def train(
                           default_cbs=False, wd_bn_bias=True, train_bn=False)
     with learner.no_logging(): learner.fit(config.epochs)
     return monitor.history
+
+# %% ../nbs/40_trainer.ipynb #ebec3877
+class TermGradients(Callback):
+    "Record loss, gradient norm and share of each term every so many steps; costs a backward pass per term then."
+    run_valid, order = False, Monitor.order + 1
+    def __init__(self,
+        terms: dict, # name → weighted term, Embeddings → scalar
+        every: int = 50, # steps
+    ): self.terms, self.every, self.rows = terms, every, []
+
+    def before_backward(self):
+        if self.train_iter % self.every: return
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        losses = {name: term(self.pred) for name, term in self.terms.items()}
+        flat = lambda loss: torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(
+            params, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True))])
+        grads = {name: flat(loss) for name, loss in losses.items()}
+        whole = sum(grads.values())
+        self.rows += [{'step': self.train_iter, 'term': name, 'loss': losses[name].item(), 'norm': g.norm().item(),
+                       'share': (g @ whole / whole.square().sum()).item()} for name, g in grads.items()]

@@ -46,6 +46,7 @@ def with_extras(e, **extras): return dataclasses.replace(e, extras=e.extras | ex
 def dot(x, y): return sum(a * b for a, b in zip(x, y))
 def unit(x): return [a / math.sqrt(dot(x, x)) for a in x]
 def distance(x, y): return sum((a - b) ** 2 for a, b in zip(x, y))
+def one_hot(n): return [[float(k == l) for l in range(n)] for k in range(n)]
 def mean(values): return sum(values) / len(values) if values else 0.
 
 
@@ -78,8 +79,7 @@ def lovt_by_loops(e, temperature=.3):
             if not e.extras['unit_mask'][i].any(): continue
             vectors, weight = sample_of(e, i, side)
             n = len(weight)
-            p = blurred(n, 'exp' if side == 'image' else 'point', .5, 1.) if side == 'image' else \
-                [[float(k == l) for l in range(n)] for k in range(n)]
+            p = blurred(n, 'exp', .5, 1.) if side == 'image' else one_hot(n)
             value = 0.
             for a, b in ((vectors['z'], vectors['attended']), (vectors['attended'], vectors['z'])):
                 for k in range(n):
@@ -92,7 +92,8 @@ def lovt_by_loops(e, temperature=.3):
 
 def potential_by_loops(a, b, weight, t, diagonal, log_at):
     "The log mean potential of one sample, None if no pair counts."
-    rows = [[math.exp(-t * distance(x, y)) for l, y in enumerate(b) if diagonal == 'in' or k != l] for k, x in enumerate(a)]
+    rows = [[math.exp(-t * distance(x, y)) for l, y in enumerate(b) if diagonal == 'in' or k != l]
+            for k, x in enumerate(a)]
     if not any(rows): return None
     if log_at == 'sample': return math.log(mean([o for row in rows for o in row]))
     return sum(w * math.log(mean(row)) for w, row in zip(weight, rows))
@@ -103,16 +104,18 @@ def dist_by_loops(e, side, o):
     found = {0: [], 1: []}
     for i in range(len(e)):
         vectors, weight = sample_of(e, i, side)
-        if o.weights == 'uniform': weight = [1 / len(weight)] * len(weight)
+        if o.weights == 'uniform': weight = [1 / len(weight) for _ in weight]
         told = e.extras['unit_mask'][i].any()
         if o.dist_form == 'cross':
             if not told: continue
             for j, (a, b) in enumerate((('z', 'attended'), ('attended', 'z'))):
                 found[j].append(potential_by_loops(vectors[a], vectors[b], weight, o.t, diagonal, log_at))
+        elif o.where == 'attended' and not told: continue
         elif o.dist_form == 'across':
-            others = [x for j in range(len(e)) if j != i for x in sample_of(e, j, side)[0][o.where]]
+            others = [x for j in range(len(e)) if j != i and (o.where != 'attended' or e.extras['unit_mask'][j].any())
+                      for x in sample_of(e, j, side)[0][o.where]]
             found[0].append(potential_by_loops(vectors[o.where], others, weight, o.t, 'in', log_at) if weight else None)
-        elif (o.where != 'attended' or told) and len(weight) > 1:
+        elif len(weight) > 1:
             found[0].append(potential_by_loops(vectors[o.where], vectors[o.where], weight, o.t, diagonal, log_at))
     means = [mean([x for x in found[j] if x is not None]) for j in (0, 1)]
     return sum(means) / 2 if o.dist_form == 'cross' else means[0]
@@ -123,9 +126,9 @@ def align_by_loops(e, side, o):
     for i in range(len(e)):
         if not e.extras['unit_mask'][i].any(): continue
         vectors, weight = sample_of(e, i, side)
-        if o.weights == 'uniform': weight = [1 / len(weight)] * len(weight)
+        if o.weights == 'uniform': weight = [1 / len(weight) for _ in weight]
         n, z, attended = len(weight), vectors['z'], vectors['attended']
-        p = blurred(n, o.align_form, o.threshold, o.decay) if side == 'image' else [[float(k == l) for l in range(n)] for k in range(n)]
+        p = blurred(n, o.align_form, o.threshold, o.decay) if side == 'image' else one_hot(n)
         found.append(sum(weight[k] * p[k][l] * o.align_t * (distance(z[k], attended[l]) + distance(attended[k], z[l])) / 2
                          for k in range(n) for l in range(n)))
     return mean(found)
@@ -348,7 +351,8 @@ def test_released_control():
 
 
 def test_options_are_checked():
-    for wrong in (dict(align_side='report'), dict(dist_form='gaussian'), dict(where='x'), dict(stop_grad='both'), dict(weights='w')):
+    for wrong in (dict(align_side='report'), dict(dist_form='gaussian'), dict(where='x'), dict(stop_grad='both'),
+                  dict(weights='w')):
         with pytest.raises(ValueError, match='expected one of'): Local(**wrong)
     with pytest.raises(ValueError, match='no meaning'): Local(dist_form='cross', where='attended')
     with pytest.raises(ValueError, match="extras\\['region_attended'\\], which the head LocalHeads fills with attention"):
@@ -449,8 +453,11 @@ def pairs(lengths=((3, 2), (4,), (), (1, 2, 2)), t=12):
 LOVT = dict(kind='mlp', hidden=32, norm='batch', attention='learned', pool=True, features=True)
 
 
-@pytest.mark.parametrize('tower, options', [('vit_tiny_p8', LOVT), ('cnn_small', LOVT), ('vit_tiny_p8', LOVT | dict(text='words')),
-                                            ('vit_tiny_p8', dict(attention='free', pool=True, features=True, sentence_pooling='mean'))])
+FREE = dict(attention='free', pool=True, features=True, sentence_pooling='mean')
+
+
+@pytest.mark.parametrize('tower, options', [('vit_tiny_p8', LOVT), ('cnn_small', LOVT), ('vit_tiny_p8', FREE),
+                                            ('vit_tiny_p8', LOVT | dict(text='words'))])
 def test_gradient_reaches_both_towers(tower, options):
     model = encoder(tower, **options).train()
     e = model(pairs())

@@ -1,16 +1,13 @@
 """Optimal transport against POT and closed forms; its terms against loops, numerical gradients and two processes."""
 import dataclasses
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from torch.multiprocessing import start_processes
 
 from medcl_study.embeddings import Embeddings
 from medcl_study.losses.contrast import info_nce
@@ -282,14 +279,6 @@ def test_close_in_half_precision(name, dtype):
 
 # ---- several processes
 
-SCRIPT = '''
-import sys
-import torch
-from test_transport import TERMS, two_ranks
-two_ranks(sys.argv[1])
-'''
-
-
 def value_and_gradients(rows):
     "Compute each term and its gradients at the rows that a rank holds."
     found = {}
@@ -304,22 +293,17 @@ def value_and_gradients(rows):
     return found
 
 
-def two_ranks(folder):
-    "Run by torchrun: each rank holds three pairs; those of the second have at most two sentences, of the first three."
-    torch.distributed.init_process_group('gloo')
-    r = torch.distributed.get_rank()
-    torch.save(value_and_gradients(torch.tensor([[0, 3, 4], [1, 2, 5]][r])), Path(folder)/f'{r}.pt')
+def a_rank(r, folder):
+    "Hold three of the pairs; the second rank's reports have at most two sentences, the first's three."
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=r, world_size=2)
+    torch.save(value_and_gradients(torch.tensor([[0, 3, 4], [1, 2, 5]][r])), folder/f'{r}.pt')
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
     "The mean over ranks of loss and gradient is that of the global batch, with unlike paddings and an empty report."
-    (tmp_path/'run.py').write_text(SCRIPT)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-               tmp_path/'run.py', tmp_path]
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(Path(__file__).parent)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    start_processes(a_rank, (tmp_path,), nprocs=2, start_method='fork') # nothing has to be imported again
     ranks = [torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in range(2)]
     full = value_and_gradients(torch.tensor([0, 3, 4, 1, 2, 5]))
     for name in TERMS:

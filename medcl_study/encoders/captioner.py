@@ -59,7 +59,7 @@ class AttentionalPooler(nn.Module):
         patches, queries = self.before(patches), self.queries.expand(len(patches), -1, -1)
         return self.after(self.attention(queries, patches, patches, need_weights=False)[0])
 
-# %% ../../nbs/21c_captioner.ipynb #d6905215
+# %% ../../nbs/21c_captioner.ipynb #d4249b08
 class Captioner(Head):
     "Predict each word of the report from the image and the words before it (CoCa, 2205.01917)."
     needs = {'patches': True}
@@ -95,7 +95,8 @@ class Captioner(Head):
     ) -> Tensor: # (n, t, width); state j has seen tokens 0 … j
         "Run the causal decoder; raises `ValueError` for texts longer than the encoder's max_tokens."
         t = tokens.shape[1]
-        if t > len(self.positions): raise ValueError(f'{t} tokens, but this captioner has {len(self.positions)} positions')
+        if t > len(self.positions):
+            raise ValueError(f'{t} tokens, but this captioner has {len(self.positions)} positions')
         later = torch.ones(t, t, dtype=torch.bool, device=tokens.device).triu(1)
         x = self.embed(self.predict.index[tokens]) + self.positions[:t]
         for layer in self.layers: x = layer(x, image, tgt_mask=later, tgt_is_causal=True)

@@ -158,7 +158,7 @@ class AttentionPool(nn.Module):
         "(n, p, width) → (n, heads, p, width / heads)"
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-# %% ../../nbs/21d_local_heads.ipynb #7dde9d68
+# %% ../../nbs/21d_local_heads.ipynb #5d583974
 class LocalHeads(Head):
     "Local spaces of regions and units, their partners and their weights."
     needs = {'patches': True, 'words': True}
@@ -180,8 +180,10 @@ class LocalHeads(Head):
     ):
         super().__init__()
         if text not in ('words', 'sentences'): raise ValueError(f"text='{text}': expected words or sentences")
-        if attention not in (None, 'learned', 'free'): raise ValueError(f"attention='{attention}': expected learned, free or None")
-        if sentence_pooling not in _REDUCE: raise ValueError(f"sentence_pooling='{sentence_pooling}': expected max or mean")
+        if attention not in (None, 'learned', 'free'):
+            raise ValueError(f"attention='{attention}': expected learned, free or None")
+        if sentence_pooling not in _REDUCE:
+            raise ValueError(f"sentence_pooling='{sentence_pooling}': expected max or mean")
         widths, dim = (encoder.image.width, encoder.text.width), dim or encoder.config.dim
         self.text, self.sentence_pooling, self.features, self.padded = text, sentence_pooling, features, padded
         self.image_head, self.text_head = (local_head(kind, o, dim, hidden=hidden, norm=norm) for o in widths)

@@ -191,7 +191,7 @@ def as_store(
     "Wrap an encoder in a store without a folder; a store passes through."
     return encoder if isinstance(encoder, FeatureStore) else FeatureStore(encoder)
 
-# %% ../../nbs/60_features.ipynb #02188b6d
+# %% ../../nbs/60_features.ipynb #166fb7c7
 @dataclass(frozen=True)
 class Scorer:
     "How images and texts are scored against each other; the outputs named here are what it is given."
@@ -218,7 +218,25 @@ def _mean_embedding(text, owner):
     return {'global_': unit(np.stack([x[owner == o].mean(0) for o in range(owner.max() + 1)]))}
 
 
-SCORERS = {'cosine': Scorer(('global_',), ('global_',), _cosine, _mean_embedding)}
+def _late(image, text):
+    "Average how well words find patches and patches find words (FILIP, 2111.07783, eqs. 4-5; the average is ours)."
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    patches, words, mask = (torch.as_tensor(o, device=device) for o in (image['patches'], text['words'], text['word_mask']))
+    size = max(1, int(6e7 / patches[..., 0].numel() / words.shape[1]))
+    return np.concatenate([_late_block(patches, w[:, :(t := max(1, int(m.sum(1).max())))], m[:, :t]).cpu().numpy()
+                           for w, m in zip(words.split(size), mask.split(size))], 1)
+
+
+def _late_block(patches, words, mask): # (n, p, d), (m, t, d), (m, t) → (n, m)
+    cosines = torch.einsum('npd,mtd->nmpt', patches, words)
+    word = (cosines.amax(2) * mask).sum(2) / mask.sum(1).clamp(min=1)
+    return (word + cosines.masked_fill_(~mask[None, :, None], -2).amax(3).mean(2)) / 2
+
+
+SCORERS = {
+    'cosine': Scorer(('global_',), ('global_',), _cosine, _mean_embedding),
+    'late': Scorer(('patches',), ('words', 'word_mask'), _late),
+}
 
 
 def find_scorer(

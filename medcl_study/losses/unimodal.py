@@ -95,12 +95,12 @@ def simclr(
     views = _extra(e, 'view_projection', 'ViewProjection')
     return nt_xent(views, gather(views), temperature=temperature, start=rank() * len(e))
 
-# %% ../../nbs/34_unimodal.ipynb #9b922498
+# %% ../../nbs/34_unimodal.ipynb #2c13ffcd
 def negative_cosine(
     predicted: Tensor, # (n, 2, k) predictions made from view 1 and from view 2
     target: Tensor, # (n, 2, k) projections of view 1 and of view 2; get no gradient
 ) -> Tensor: # scalar in [-1, 1]
-    "Average the negative cosine of each prediction and the other view's projection (SimSiam, 2011.10566, eqs. 1 and 4)."
+    "Average the negative cosine of each prediction and the other view's projection (SimSiam, 2011.10566, eq. 4)."
     return -cosine_similarity(predicted, target.detach().flip(1), dim=-1).mean()
 
 
