@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['holm', 'judge', 'effects', 'effect_table', 'effect_figure']
 
-# %% ../nbs/76_questions.ipynb #0c486d9e
+# %% ../nbs/76_questions.ipynb #9b3aeb84
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from .core import DataError
 from .figures import interval_panels
 from .results import differences, protocol_name, read_study, results
 from .sections import in_words
@@ -37,15 +38,19 @@ def judge(
     verdict = np.select([(p < .05) & (gaps['value'] > 0), p < .05], ['better', 'worse'], 'cannot tell')
     return gaps.assign(p=p, verdict=verdict, detectable=(norm.ppf(.975) + norm.ppf(.8)) * error)
 
-# %% ../nbs/76_questions.ipynb #fd6c7051
+# %% ../nbs/76_questions.ipynb #d989aae4
 def effects(
     reports, # folder with records and predictions
     *,
     baseline: str = 'clip', # arm that is subtracted
+    arms=None, # names of the arms to compare; None: all that were trained
 ) -> pd.DataFrame: # task, protocol, arm, value, low, high, base, verdict, detectable, …
-    "Compare every trained arm of a study with a baseline, seed by seed."
+    "Compare trained arms of a study with a baseline, seed by seed; raises `DataError` for an arm that is not there."
     table = results(read_study(Path(reports)))
-    gaps = judge(differences(table, baseline))
+    missing = sorted({baseline, *(arms or ())} - set(table['arm']))
+    if missing: raise DataError(f'there is no arm {missing}: known are {sorted(set(table["arm"]))}', file=reports)
+    gaps = differences(table, baseline)
+    gaps = judge(gaps if arms is None else gaps[gaps['arm'].isin(arms)])
     base = table[table['arm'] == baseline].set_index(['task', 'protocol'])['value']
     gaps.attrs['values'] = table
     return gaps.assign(base=[base[o] for o in zip(gaps['task'], gaps['protocol'])])
