@@ -65,10 +65,10 @@ def _mixed_code(records):
 
 def _codes(names): return ', '.join(f'`{o}`' for o in names)
 
-# %% ../nbs/71_results.ipynb #ed640b57
+# %% ../nbs/71_results.ipynb #4be1ae15
 SHORTCUTS = ('chance', 'majority', 'mean_colour', 'pixels')
-PROTOCOLS = {'zeroshot': 'zero-shot', 'probe': 'linear probe',
-             'image_to_text': 'image → text', 'text_to_image': 'text → image'}
+PROTOCOLS = {'zeroshot': 'zero-shot', 'probe': 'linear probe', 'image_to_text': 'image → text',
+             'text_to_image': 'text → image', 'grounding': 'pointing game'}
 
 
 def protocol_name(protocol: str) -> str:

@@ -41,12 +41,14 @@ LAYERS = {
     'pages': ['core'],
     'figures': [],
     'sections': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures'],
+    'questions': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
+    'speed': ['core', 'embeddings', 'data', 'encoders', 'losses'],
     'report': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
     'experiment': [''],
 }
 # Importing these must not load torch: they read tables and numbers, also on a machine without it.
 TORCH_FREE = ['core', 'data.pairs', 'data.text', 'data.phantom', 'data.sets', 'metrics', 'stats', 'predictions', 'results', 'pages',
-              'figures', 'sections', 'report']
+              'figures', 'sections', 'questions', 'report']
 # What the purest layers may import from outside the standard library.
 OUTSIDE = {'metrics': {'numpy', 'scipy'}, 'stats': {'numpy', 'scipy'}, 'losses': {'torch', 'numpy', 'scipy'},
            'embeddings': {'torch'}, 'methods': {'torch'}}
