@@ -86,10 +86,22 @@ def test_every_study_lists_distinct_runs_that_survive_json(study):
     for one in runs: assert make_run(json.loads(json.dumps(overrides(one)))) == one
 
 
-def test_rows_of_a_study_differ_in_method_and_seed_only():
+ASKED = {'ablations/transfer': {'image_init', 'text_init'}} # what a study asks about, besides methods
+
+
+def test_rows_of_a_study_differ_only_in_what_it_asks():
+    "Methods and seeds; in ablations also each row's own learning rate, which baselines do not have."
     for study in STUDIES:
-        rows = [{k: v for k, v in vars(o).items() if k not in ('method', 'seed')} for o in study_runs(study)]
+        free = {'method', 'seed'} | ASKED.get(study, set()) | ({'lr'} if study.startswith('ablations/') else set())
+        rows = [{k: v for k, v in vars(o).items() if k not in free} for o in study_runs(study)]
         assert all(o == rows[0] for o in rows), study
+
+
+def test_a_method_has_one_learning_rate_in_a_study():
+    for study in set(STUDIES) - {'ablations/tuning'}:
+        rates = {}
+        for o in study_runs(study): rates.setdefault(o.method, set()).add(o.lr)
+        assert all(len(o) == 1 for o in rates.values()), study
 
 
 def test_papermill_names_an_unknown_override(tmp_path):

@@ -237,7 +237,7 @@ def test_history_rows():
     history = train(Encoder(), contrastive, loaders(), CONFIG)
     assert [o['step'] for o in history] == list(range(2, 25, 2))
     assert [o['step'] for o in history if o['valid_loss'] is not None] == [6, 12, 18, 24]
-    names = 'step epoch lr loss valid_loss alignment uniformity accuracy scale'
+    names = 'step epoch lr loss valid_loss alignment uniformity gap rank accuracy scale'
     assert set(history[0]) == set(names.split())
     assert all(0 <= o['alignment'] <= 4 and o['uniformity'] <= 0 and 0 <= o['accuracy'] <= 1 for o in history)
 
