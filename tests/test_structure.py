@@ -252,7 +252,7 @@ def test_experiment_keeps_its_parameters_cell(notebook):
     assert (notebook.parent/'.notest').exists()
 
 
-PERSONAL = re.compile(r'/home/\w|/root/|/Users/\w|/tmp/|/private/var/|[A-Z]:\\\\?Users|ipykernel_\d|' + re.escape(str(ROOT)))
+PERSONAL = re.compile(r'/(home|Users)/\w|/(root|tmp)/|/private/var/|[A-Z]:\\\\?Users|ipykernel_\d|' + re.escape(str(ROOT)))
 MOVING = re.compile(r'\d+%\s*\||it/s\]|widget-view|<progress|\d+ms/step|\bWall time\b')
 
 
@@ -271,7 +271,7 @@ def test_notebook_outputs_are_fit_to_store(notebook):
 def test_sources_name_no_machine():
     sources = [''.join(c['source']) for o in NOTEBOOKS for c in cells(o)] + [o.read_text() for o in MODULES.values()]
     sources += [o.read_text() for o in [ROOT/'README.md', ROOT/'Makefile', ROOT/'nbs'/'experiments'/'Snakefile', ROOT/'.ci'/'run']]
-    assert [o.group() for text in sources for o in re.finditer(r'(/home|/Users)/\w+|/root/\w*|/work/\w+', text)] == []
+    assert [o.group() for text in sources for o in re.finditer(r'/(home|Users|work)/\w+|/(root)/\w*', text)] == []
 
 
 @pytest.mark.parametrize('module', MODULES)
