@@ -9,7 +9,7 @@
 SIZE ?= quick
 PYTHON ?= python3
 CORES ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-EXTRAS ?= workflow,minilm,clip,dev
+EXTRAS ?= workflow,minilm,clip,data,dev
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

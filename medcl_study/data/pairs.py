@@ -20,13 +20,13 @@ import pandas as pd
 from ..core import DataError, content_hash, generator, write_parquet
 from .text import split_sentences
 
-# %% ../../nbs/10_pairs.ipynb #c482f636
+# %% ../../nbs/10_pairs.ipynb #4567ab8b
 @dataclass(frozen=True)
 class Region:
     "A part of an image, tied to the sentence that names it."
     label: str # class name
     sentence: int = -1 # index into the sample's sentences, -1 if no sentence names it
-    mask: np.ndarray | Path | None = None # bool (h, w), or a file
+    mask: object = None # bool (h, w), a file, or a shape that has raster(height, width) → bool (h, w)
     box: tuple[float, float, float, float] | None = None # x0, y0, x1, y1 as fractions of width and height
 
 
@@ -53,7 +53,7 @@ class Sample:
     source: str = '' # 'phantom', 'twin' or 'real'
     modality: str = ''
 
-# %% ../../nbs/10_pairs.ipynb #947ed711
+# %% ../../nbs/10_pairs.ipynb #706c51f2
 def normalise_text(text: str) -> str:
     "Fold case, spaces and final punctuation, for deciding whether two texts are the same."
     return ' '.join(text.casefold().split()).rstrip('.;:, ')
@@ -62,13 +62,13 @@ def normalise_text(text: str) -> str:
 class Corpus(Sequence):
     "A sequence of `Sample`s over a table, with its classes and where they came from."
     def __init__(self,
-        frame: pd.DataFrame, # columns id, image, text, labels, group, split, modality, and any others
+        frame: pd.DataFrame, # columns id, image, text, labels, group, split, modality; also mask, regions, questions, any others
         *,
         name: str,
         classes=(), # class names, in the order of every score vector
         source: str = 'real', # 'phantom', 'twin' or 'real'
         root: Path | None = None, # folder that image paths are relative to
-        pixels: np.ndarray | None = None, # uint8 (rows, h, w) or (rows, h, w, 3) instead of files
+        pixels=None, # uint8 (rows, h, w) or (rows, h, w, 3) instead of files; or what reads them when indexed and has hash()
         report: pd.DataFrame | None = None, # rows left out while reading: file, row, what, remedy
     ):
         self.frame, self.name, self.classes, self.source = frame.reset_index(drop=True), name, tuple(classes), source
@@ -81,8 +81,8 @@ class Corpus(Sequence):
         if not -len(self) <= i < len(self): raise IndexError(i)
         row = self.frame.iloc[i]
         return Sample(id=row.id, image=self._image(i, row), text=row.text, sentences=tuple(split_sentences(row.text)),
-                      labels=row.labels, regions=self._regions(row), group=row.group, split=row.split, source=self.source,
-                      modality=row.modality)
+                      labels=row.labels, regions=self._regions(row), questions=row.get('questions', ()), group=row.group,
+                      split=row.split, source=self.source, modality=row.modality)
 
     def __repr__(self):
         splits = ', '.join(f'{k} {v:,}' for k, v in self.frame.split.value_counts(sort=False).items() if k)
@@ -91,6 +91,7 @@ class Corpus(Sequence):
     def _image(self, i, row): return self.pixels[i] if self.pixels is not None else self.root / row.image
 
     def _regions(self, row):
+        if 'regions' in row: return row.regions
         mask = row.get('mask')
         return (Region(label='', mask=self.root / mask),) if isinstance(mask, str) and mask else ()
 
@@ -122,8 +123,10 @@ class Corpus(Sequence):
 
     def hash(self) -> str:
         "Hash the table (and the pixels, where they are held in memory)."
-        table = self.frame.to_json(orient='records', force_ascii=False).encode()
-        return content_hash(self.name, list(self.classes), table, *([] if self.pixels is None else [self.pixels]))
+        truths = [o for o in ('regions', 'questions') if o in self.frame]
+        table = self.frame.drop(columns=truths).to_json(orient='records', force_ascii=False).encode()
+        pixels = self.pixels.hash() if hasattr(self.pixels, 'hash') else self.pixels
+        return content_hash(self.name, list(self.classes), table, *(self.frame[o].tolist() for o in truths), *([] if pixels is None else [pixels]))
 
 # %% ../../nbs/10_pairs.ipynb #829aa754
 COLUMNS = ('id', 'image', 'text', 'labels', 'group', 'split', 'modality', 'mask')
