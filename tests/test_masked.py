@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.multiprocessing import start_processes
+from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from medcl_study.embeddings import Embeddings
@@ -14,7 +14,7 @@ from medcl_study.encoders.dual import DualEncoder, EncoderConfig
 from medcl_study.encoders.heads import Step
 from medcl_study.encoders.image import random_keep, take_patches
 from medcl_study.encoders.masked import (Integrity, MaskedPrediction, cut_patches, hidden_patches, integrity_and_area,
-                                         visibility, visible_area)
+                                         visibility, visible_area, within_images)
 from medcl_study.losses.contrast import info_nce
 from medcl_study.losses.masked import HALVES, integrity_contrastive, maco, masked_prediction
 from medcl_study.trainer import Autocast, MicroBatches
@@ -111,8 +111,8 @@ def test_extreme_integrity_stays_finite(s):
 
 def test_missing_heads_are_named():
     e = dataclasses.replace(batch(), extras={})
-    for term, head in ((integrity_contrastive, 'integrity'), (masked_prediction, 'masked_prediction')):
-        with pytest.raises(ValueError, match=f"head '{head}'"): term(e)
+    for term, head in ((integrity_contrastive, 'Integrity'), (masked_prediction, 'MaskedPrediction')):
+        with pytest.raises(ValueError, match=f'which the head {head} fills; there are: none'): term(e)
     with pytest.raises(ValueError, match="half 'all'"): integrity_contrastive(batch(), half='all')
 
 
@@ -357,6 +357,22 @@ def test_integrity_and_area_share_their_masks():
     s, area = integrity_and_area(encoder, Counts(), images()[:, 0], upper, draws=5)
     assert s.shape == area.shape == (5, 6) and area.std() > 0
     torch.testing.assert_close(s / 8, area)
+    torch.manual_seed(1)
+    whole = integrity_and_area(encoder, Counts(), images()[:, 0], upper, draws=5)
+    torch.manual_seed(1)
+    class One(torch.nn.Module):
+        def forward(self, step): return {'integrity': visibility(step.kept, len(step.kept), 16)[:, :8].sum(1)}
+    cut = integrity_and_area(encoder, One(), images()[:, 0], upper, draws=5, batch_size=4)
+    for a, b in zip(whole, cut): torch.testing.assert_close(a, b)
+
+
+def test_within_images_equals_scipy_and_says_where_nothing_can_be_ranked():
+    s, area = draw(8, 5, seed=1).numpy(), draw(8, 5, seed=2).round(decimals=1).numpy()
+    area[:, 3], area[:, 4], s[:, 2] = .5, float('nan'), 1.
+    found = within_images(s, area)
+    assert found[:2] == pytest.approx([spearmanr(s[:, i], area[:, i]).statistic for i in range(2)], abs=1e-12)
+    assert found[2] == 0 and math.isnan(found[3]) and math.isnan(found[4])
+    assert within_images(3 * s - 7, area)[:2] == pytest.approx(found[:2]) and within_images(-s, area)[0] == pytest.approx(-found[0])
 
 
 # ---- several processes
@@ -376,17 +392,9 @@ def value_and_gradients(rows):
     return found
 
 
-def a_rank(r, folder):
-    "Hold half of the pairs."
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=r, world_size=2)
-    torch.save(value_and_gradients(slice(3 * r, 3 * r + 3)), folder/f'{r}.pt')
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path):
-    start_processes(a_rank, (tmp_path,), nprocs=2, start_method='fork') # nothing has to be imported again
-    ranks = [torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in range(2)]
+def test_two_processes_equal_one(two_processes):
+    "Each holds half of the pairs."
+    ranks = two_processes(lambda r: value_and_gradients(slice(3 * r, 3 * r + 3)))
     full = value_and_gradients(slice(0, 6))
     for name in TERMS:
         (one, *first), (two, *second), (both, *whole) = (o[name] for o in (*ranks, full))
