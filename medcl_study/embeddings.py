@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# %% ../nbs/02_embeddings.ipynb #30712aa7
+# %% ../nbs/02_embeddings.ipynb #f2aa9f14
 @dataclass
 class Embeddings:
     "Joint embeddings of one batch of image–text pairs; what a method does not ask for stays None."
@@ -50,6 +50,15 @@ class Embeddings:
         "Cut every tensor, scale and bias included, from its graph."
         scalars = {k: None if (v := getattr(self, k)) is None else v.detach() for k in ('scale', 'bias')}
         return dataclasses.replace(self.map(Tensor.detach), **scalars)
+
+    def extra(self,
+        name: str, # key of extras
+        head: str | None = None, # the head that fills it, as the message shall name it
+    ) -> Tensor: # (n, …)
+        "Return what a head has made; raises `ValueError` saying which head makes it, and what there is."
+        if name in self.extras: return self.extras[name]
+        by = f'the head {head} fills' if head else 'no head of this encoder fills'
+        raise ValueError(f"the loss reads extras['{name}'], which {by}; there are: {', '.join(self.extras) or 'none'}")
 
     def _batched(self):
         names = (f.name for f in dataclasses.fields(self) if f.name not in ('scale', 'bias', 'extras'))

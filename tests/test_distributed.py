@@ -13,6 +13,8 @@ from medcl_study.methods import METHODS
 from medcl_study.trainer import train
 from toy import CONFIG, Encoder, encoder_with_idle_parts, gradients, loaders, pairs
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
@@ -24,14 +26,6 @@ def ranks(tmp_path_factory):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder/f'rank{r}.pt', weights_only=True) for r in range(2)]
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_two_processes_ran(ranks): assert [o['world'] for o in ranks] == [2, 2]

@@ -1,10 +1,6 @@
 """Local losses against loops written from the formulas, numerical gradients, padding, two processes; and their heads."""
 import dataclasses
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize, pad
 
-from medcl_study.embeddings import Embeddings, world_size
+from medcl_study.embeddings import Embeddings
 from medcl_study.encoders.dual import DualEncoder, EncoderConfig
 from medcl_study.encoders.heads import Step
 from medcl_study.encoders.local import AttentionPool, CrossAttention, LocalHeads, TrueNorm, pool_sentences
@@ -20,7 +16,6 @@ from medcl_study.losses.contrast import info_nce
 from medcl_study.losses.local import (FORMS, LOCAL_PRESETS, TARGETS, Local, grid_positions, grid_targets, local_contrast,
                                       local_loss, local_statistics, log_potential, lovt, lovt_released,
                                       per_sample_uniformity, soft_alignment, soft_targets, weighted_contrastive)
-from medcl_study.trainer import process_group
 
 LENGTHS = 3, 1, 0, 2, 3
 PADDED = 'units', 'unit_attended', 'unit_features', 'unit_mask', 'unit_weight'
@@ -355,7 +350,7 @@ def test_options_are_checked():
                   dict(weights='w')):
         with pytest.raises(ValueError, match='expected one of'): Local(**wrong)
     with pytest.raises(ValueError, match='no meaning'): Local(dist_form='cross', where='attended')
-    with pytest.raises(ValueError, match="extras\\['region_attended'\\], which the head LocalHeads fills with attention"):
+    with pytest.raises(ValueError, match="extras\\['region_attended'\\], which the head LocalHeads\\(attention='learned'\\) fills"):
         extras = {k: v for k, v in batch().extras.items() if k != 'region_attended'}
         lovt(dataclasses.replace(batch(), extras=extras))
 
@@ -411,12 +406,8 @@ def test_micro_batches_concatenate():
         torch.testing.assert_close(again, term(whole), msg=name)
 
 
-def test_two_processes_equal_one(tmp_path):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, tmp_path]
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in range(2)]
+def test_two_processes_equal_one(two_processes):
+    ranks = two_processes(lambda r: losses_and_gradients(halves()[r], .5))
     full = losses_and_gradients(Embeddings.cat(list(halves())), 1.)
     for name, (value, grads) in full.items():
         torch.testing.assert_close((ranks[0][name][0] + ranks[1][name][0]) / 2, value, msg=name)
@@ -609,10 +600,3 @@ def test_heads_name_what_is_wrong():
         with pytest.raises(ValueError, match=says): LocalHeads(model, **wrong)
     with pytest.raises(ValueError, match='sentence_index'):
         model({k: v for k, v in pairs().items() if k != 'sentence_index'})
-
-
-if __name__ == '__main__':
-    with process_group():
-        r = int(os.environ['RANK'])
-        assert world_size() == 2
-        torch.save(losses_and_gradients(halves()[r], .5), Path(sys.argv[1])/f'{r}.pt')

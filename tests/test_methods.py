@@ -9,15 +9,8 @@ from medcl_study.encoders.dual import DualEncoder
 from medcl_study.methods import METHODS, method_loss
 from medcl_study.trainer import Autocast
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 every = pytest.mark.parametrize('name', METHODS)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loss_of(name, model, data):

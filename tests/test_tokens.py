@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from medcl_study.embeddings import Embeddings
+from medcl_study.encoders import dual
 from medcl_study.losses.contrast import info_nce
 from medcl_study.losses.tokens import (attended, balanced_codes, filip, filip_unpaired, gloria, gloria_global,
                                        gloria_scores, mgca, mgca_prototypes, sparc, sparse_weights, token_similarities,
@@ -381,10 +382,8 @@ def test_micro_batches_equal_one_batch(name):
     torch.testing.assert_close(LOSSES[name](Embeddings.cat([first, second])), LOSSES[name](uneven()))
 
 
-def run_rank(rank, folder):
+def of_half(rank):
     "Compute every loss and its gradients on this rank's half."
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     found = {}
     for name, loss in LOSSES.items():
         e = leaves(parts(uneven())[rank])
@@ -393,15 +392,11 @@ def run_rank(rank, folder):
         found[name] = value.item(), gradients(e)
         half = parts(uneven())[rank]
         found[name] += (loss(emptied(half, slice(None)) if rank else half).item(),)
-    torch.save(found, f'{folder}/{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope='module')
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('tokens')
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
-    return [torch.load(folder/f'{r}.pt', weights_only=True) for r in range(2)]
+def ranks(two_processes): return two_processes(of_half)
 
 
 @pytest.mark.parametrize('name', LOSSES)
@@ -482,10 +477,7 @@ def test_pair_scores_do_not_depend_on_the_batch():
 
 # the head
 
-def test_prototypes_train_save_and_load_with_the_encoder(tmp_path, monkeypatch):
-    from medcl_study.encoders import dual # here, because the two processes above need none of it
-    from medcl_study.encoders.prototypes import Prototypes
-    monkeypatch.setitem(dual.EXTRA_HEADS, 'prototypes', Prototypes)
+def test_prototypes_train_save_and_load_with_the_encoder(tmp_path):
     config = dual.EncoderConfig(image_tower='vit_tiny_p8', image_size=16, text_tower='bert_tiny', vocab_size=40, dim=8,
                                 max_tokens=6, heads={'prototypes': {'count': 7, 'still_steps': 1}})
     torch.manual_seed(0)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from torch.multiprocessing import start_processes
 
 from medcl_study.embeddings import Embeddings
 from medcl_study.losses.contrast import info_nce
@@ -293,18 +292,9 @@ def value_and_gradients(rows):
     return found
 
 
-def a_rank(r, folder):
-    "Hold three of the pairs; the second rank's reports have at most two sentences, the first's three."
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=r, world_size=2)
-    torch.save(value_and_gradients(torch.tensor([[0, 3, 4], [1, 2, 5]][r])), folder/f'{r}.pt')
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(two_processes):
     "The mean over ranks of loss and gradient is that of the global batch, with unlike paddings and an empty report."
-    start_processes(a_rank, (tmp_path,), nprocs=2, start_method='fork') # nothing has to be imported again
-    ranks = [torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in range(2)]
+    ranks = two_processes(lambda r: value_and_gradients(torch.tensor([[0, 3, 4], [1, 2, 5]][r])))
     full = value_and_gradients(torch.tensor([0, 3, 4, 1, 2, 5]))
     for name in TERMS:
         (one, *first), (two, *second), (both, *whole) = (o[name] for o in (*ranks, full))

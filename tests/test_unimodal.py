@@ -11,7 +11,7 @@ from medcl_study.data.text import Tokenizer
 from medcl_study.embeddings import Embeddings
 from medcl_study.encoders.dual import DualEncoder, EncoderConfig
 from medcl_study.encoders.views import Declip, TextQueue, ViewProjection, delete_words, mask_words
-from medcl_study.losses import unimodal
+from medcl_study.losses import contrast, unimodal
 from medcl_study.losses.contrast import contrastive
 from medcl_study.losses.generative import masked_language
 from medcl_study.losses.unimodal import (multi_view, negative_cosine, neighbour, nt_xent, shifted_contrast,
@@ -157,8 +157,9 @@ def test_ranks_average_to_the_full_batch(term, ranks, monkeypatch):
     for r in range(ranks):
         mine = slice(r * 8 // ranks, (r + 1) * 8 // ranks)
         whole = lambda x: next(o for o in leaves if o.shape[1:] == x.shape[1:] and torch.equal(o[mine], x))
-        monkeypatch.setattr(unimodal, 'rank', lambda: r)
-        monkeypatch.setattr(unimodal, 'gather', lambda x: whole(x) if x.requires_grad else whole(x).detach())
+        for module in (contrast, unimodal):
+            monkeypatch.setattr(module, 'rank', lambda: r)
+            monkeypatch.setattr(module, 'gather', lambda x: whole(x) if x.requires_grad else whole(x).detach())
         total = total + term(e.rows(mine)) / ranks
     assert total.item() == pytest.approx(full.item(), rel=1e-12)
     for found, grad in zip(torch.autograd.grad(total, leaves, allow_unused=True), expected):

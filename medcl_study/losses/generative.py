@@ -18,24 +18,16 @@ def token_nll(
     "Average the negative log-likelihood over the counting tokens of the global batch."
     return -mean_over_batch(logprob, mask)
 
-# %% ../../nbs/35_generative.ipynb #e5ca80ef
-def _tokens(e, kind, head):
-    names = f'{kind}_logprob', f'{kind}_mask'
-    if missing := [o for o in names if o not in e.extras]:
-        raise ValueError(f"this term reads extras['{missing[0]}'], which the head {head} fills; "
-                         f'there are: {", ".join(e.extras) or "none"}')
-    return [e.extras[o] for o in names]
-
-
+# %% ../../nbs/35_generative.ipynb #fd7a6d9c
 def captioning(
     e: Embeddings, # with extras['caption_logprob'] and extras['caption_mask'] (n, t)
 ) -> Tensor: # scalar
     "Average the negative log-likelihood of the next word given the image (CoCa, 2205.01917, eq. 3, per token)."
-    return token_nll(*_tokens(e, 'caption', 'Captioner'))
+    return token_nll(*(e.extra(o, 'Captioner') for o in ('caption_logprob', 'caption_mask')))
 
-# %% ../../nbs/35_generative.ipynb #28021f33
+# %% ../../nbs/35_generative.ipynb #9edecec9
 def masked_language(
     e: Embeddings, # with extras['mlm_logprob'] and extras['mlm_mask'] (n, t)
 ) -> Tensor: # scalar
     "Average the negative log-likelihood of the hidden words given the others (BERT, 1810.04805, sec. 3.1)."
-    return token_nll(*_tokens(e, 'mlm', 'Declip'))
+    return token_nll(*(e.extra(o, 'Declip') for o in ('mlm_logprob', 'mlm_mask')))

@@ -8,7 +8,7 @@ __all__ = ['TARGETS', 'FORMS', 'LOCAL_PRESETS', 'local_vectors', 'local_mask', '
            'sample_potential', 'within_pairs', 'per_sample_uniformity', 'Local', 'align_term', 'dist_term',
            'local_loss', 'lovt', 'lovt_released', 'weighted_contrastive', 'local_statistics']
 
-# %% ../../nbs/32_local.ipynb #bb34329d
+# %% ../../nbs/32_local.ipynb #bf9c74be
 import math
 from dataclasses import dataclass
 
@@ -17,21 +17,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..embeddings import Embeddings, gather, gather_padded, mean_over_batch, rank
-from .contrast import matching_loss
+from .contrast import gathered_info_nce
 
-# %% ../../nbs/32_local.ipynb #4382cfd1
+# %% ../../nbs/32_local.ipynb #c55ed954
 _EXTRAS = { # side → names of its vectors, of their partners, of the features before the head, of the attention weights
     'image': {'z': 'regions', 'attended': 'region_attended', 'y': 'region_features', 'weight': 'region_weight'},
     'text': {'z': 'units', 'attended': 'unit_attended', 'y': 'unit_features', 'weight': 'unit_weight'},
 }
-_OPTIONS = {'attended': 'attention', 'y': 'features=True', 'weight': 'pool=True'}
+_OPTIONS = {'attended': "(attention='learned')", 'y': '(features=True)', 'weight': '(pool=True)'}
 
 
-def _extra(e, side, what):
-    if (name := _EXTRAS[side][what]) in e.extras: return e.extras[name]
-    remedy = f' with {_OPTIONS[what]}' if what in _OPTIONS else ''
-    raise ValueError(f"this local loss reads extras['{name}'], which the head LocalHeads fills{remedy}; "
-                     f'there are: {", ".join(e.extras) or "none"}')
+def _extra(e, side, what): return e.extra(_EXTRAS[side][what], f'LocalHeads{_OPTIONS.get(what, "")}')
 
 
 def local_vectors(
@@ -48,7 +44,7 @@ def local_mask(
     side: str, # 'image' or 'text'
 ) -> Tensor: # (n, k) True where a region or a unit is real
     "Tell real units from padding; all regions are real."
-    if side == 'text': return e.extras['unit_mask']
+    if side == 'text': return e.extra('unit_mask', 'LocalHeads')
     return torch.ones(_extra(e, side, 'z').shape[:2], dtype=torch.bool, device=e.image.device)
 
 
@@ -243,11 +239,11 @@ class Local:
         if self.dist_form == 'cross' and self.where != 'z':
             raise ValueError(f"dist_form 'cross' compares z with its partners; where='{self.where}' has no meaning")
 
-# %% ../../nbs/32_local.ipynb #34cb5ccc
+# %% ../../nbs/32_local.ipynb #9e3689d7
 def _targets(e, side, form, threshold, decay):
     "Soft targets of regions; None, which means point targets, for text and for the form 'point'."
     if side == 'text' or form == 'point': return None
-    regions = e.extras['regions']
+    regions = e.extra('regions', 'LocalHeads')
     positions = e.extras.get('region_position')
     if positions is None:
         size = math.isqrt(regions.shape[1])
@@ -377,7 +373,7 @@ def lovt_released(
                          "LocalHeads(padded=True, norm='batch'); for the method itself use lovt")
     return sum(0.75 * mean_over_batch(o) for o in _lovt_sides(e, 0.3, 0.5, 1.0))
 
-# %% ../../nbs/32_local.ipynb #f3e136fd
+# %% ../../nbs/32_local.ipynb #887c6352
 def weighted_contrastive(
     e: Embeddings,
     *,
@@ -386,12 +382,9 @@ def weighted_contrastive(
     pooled: bool = False, # True: take extras['image_pooled'] and extras['text_pooled'] instead of image and text
 ) -> Tensor: # scalar; its mean over ranks is the loss of the global batch
     "Weigh the two directions of InfoNCE unequally (ConVIRT, 2010.00747, eq. 3; LoVT), with the negatives of all ranks."
-    if pooled and 'image_pooled' not in e.extras:
-        raise ValueError("pooled=True reads extras['image_pooled'], which the head LocalHeads fills with pool=True")
-    image, text = (e.extras['image_pooled'], e.extras['text_pooled']) if pooled else (e.image, e.text)
-    start = rank() * len(e)
-    return (image_to_text * matching_loss(image, gather(text), scale=scale, start=start) +
-            (1 - image_to_text) * matching_loss(text, gather(image), scale=scale, start=start))
+    pooled_names = 'image_pooled', 'text_pooled'
+    image, text = (e.extra(o, 'LocalHeads(pool=True)') for o in pooled_names) if pooled else (e.image, e.text)
+    return gathered_info_nce(image, text, scale=scale, forth=image_to_text)
 
 # %% ../../nbs/32_local.ipynb #3050a144
 @torch.no_grad()

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['HALVES', 'temperature_half', 'importance_half', 'integrity_contrastive', 'maco', 'masked_prediction']
 
-# %% ../../nbs/36_masked.ipynb #49c18e56
-import torch
+# %% ../../nbs/36_masked.ipynb #e05cad53
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..embeddings import Embeddings, gather, mean_over_batch, rank
+from .contrast import own_column
 
-# %% ../../nbs/36_masked.ipynb #d88301cb
+# %% ../../nbs/36_masked.ipynb #bc34dc47
 def temperature_half(
     logits: Tensor, # (n, m) scaled cosines of queries and keys; the key of query i is column start + i
     integrity: Tensor, # (n,) positive
@@ -20,7 +19,7 @@ def temperature_half(
     start: int = 0, # column at which the keys of these queries begin
 ) -> Tensor: # scalar
     "Average the cross entropy of rows sharpened by their integrity, which learns from it (2309.05904, code 7f64d95)."
-    return _find_own(integrity[:, None] * logits, start).mean()
+    return own_column(integrity[:, None] * logits, start=start).mean()
 
 
 def importance_half(
@@ -31,24 +30,11 @@ def importance_half(
 ) -> Tensor: # scalar; its mean over ranks is the weighted mean of the global batch
     "Average the cross entropy of rows weighted by their integrity, a constant here (2309.05904, code 7f64d95)."
     weight = integrity.detach() / gather(integrity.detach()).mean()
-    return (weight * _find_own(logits, start)).mean()
-
-
-def _find_own(logits, start):
-    "Return the cross entropy of each row's own column (n,)."
-    return cross_entropy(logits, start + torch.arange(len(logits), device=logits.device), reduction='none')
+    return (weight * own_column(logits, start=start)).mean()
 
 
 HALVES = {'temperature': (temperature_half,), 'importance': (importance_half,),
           'both': (temperature_half, importance_half)}
-
-
-def _extra(e, name, head):
-    "Read the output of a head; raises `ValueError` that names the head."
-    if name not in e.extras:
-        raise ValueError(f"this loss reads extras['{name}']: expected the encoder to have the head '{head}', "
-                         f'but the extras are {sorted(e.extras)}')
-    return e.extras[name]
 
 
 def integrity_contrastive(
@@ -58,7 +44,7 @@ def integrity_contrastive(
 ) -> Tensor: # scalar; its mean over ranks is the loss of the global batch
     "Compute InfoNCE in which each pair counts as far as its visible patches allow (our design, after 2309.05904)."
     if half not in HALVES: raise ValueError(f"half '{half}': expected one of {', '.join(HALVES)}")
-    integrity, start = _extra(e, 'integrity', 'integrity'), rank() * len(e)
+    integrity, start = e.extra('integrity', 'Integrity'), rank() * len(e)
     logits = e.scale * e.image @ gather(e.text).T, e.scale * e.text @ gather(e.image).T
     losses = [loss(o, integrity, start=start) for loss in HALVES[half] for o in logits]
     return sum(losses) / len(losses)
@@ -70,10 +56,10 @@ def maco(
     "Compute MaCo's weighted contrastive loss (2309.05904, code 7f64d95), with e.scale for its T."
     return integrity_contrastive(e, half='both')
 
-# %% ../../nbs/36_masked.ipynb #01bda95e
+# %% ../../nbs/36_masked.ipynb #a576dc6e
 def masked_prediction(
     e: Embeddings, # this rank's rows, with extras 'predicted' and 'target' (n, m, w) of m hidden patches
 ) -> Tensor: # scalar; its mean over ranks is the loss of the global batch; 0 where nothing is hidden
     "Average the squared error over hidden patches (MAE, 2111.06377, sec. 3; the targets are the head's choice)."
-    predicted, target = (_extra(e, name, 'masked_prediction') for name in ('predicted', 'target'))
+    predicted, target = (e.extra(name, 'MaskedPrediction') for name in ('predicted', 'target'))
     return mean_over_batch((predicted - target.detach()).square())

@@ -7,15 +7,15 @@ __all__ = ['token_similarities', 'filip', 'filip_unpaired', 'gloria_scores', 'wo
            'within_pair_losses', 'sparse_weights', 'sparc', 'attended', 'clipped_weights', 'mgca', 'balanced_codes',
            'mgca_prototypes']
 
-# %% ../../nbs/31_tokens.ipynb #2abbcfd2
+# %% ../../nbs/31_tokens.ipynb #01e7bfac
 import dataclasses
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from ..embeddings import Embeddings, gather, gather_padded, mean_over_batch, rank, world_size
-from .contrast import contrastive
+from .contrast import contrastive, find_own
 
 # %% ../../nbs/31_tokens.ipynb #cae73abc
 _HIDDEN = -1e9
@@ -56,30 +56,24 @@ def token_similarities(
     text_to_image = best_patch.sum(2) / word_mask.sum(1).clamp(min=1)
     return image_to_text, text_to_image.T
 
-# %% ../../nbs/31_tokens.ipynb #6d4231f9
+# %% ../../nbs/31_tokens.ipynb #bbf47ce8
 def _both_directions(similarities, image, text, mask):
     "Compare this rank's images with the texts of all ranks, and its texts with all images."
     if world_size() == 1: return similarities(image, text, mask) # one pass gives both
     return similarities(image, gather_padded(text), gather_padded(mask))[0], similarities(gather(image), text, mask)[1]
 
 
-def _find_own(logits, real):
-    "Average the cross entropy of finding one's own column (n, N); `real` (n,) says which pairs take part."
-    start, everyone = rank() * len(logits), gather(real)
-    targets = start + torch.arange(len(logits), device=logits.device)
-    logits = logits.masked_fill(~everyone, _HIDDEN)
-    return mean_over_batch(cross_entropy(logits, targets, reduction='none'), real)
-
-
 def filip(
     e: Embeddings, # with patches and words
+    *,
+    similarities=token_similarities, # or what does the same, faster
 ) -> Tensor: # scalar
     "Contrast token-wise similarities of all pairs, in both directions (FILIP, 2111.07783)."
     patches, words, mask = _read(e, 'filip', 'patches', 'words', 'word_mask')
-    i2t, t2i = _both_directions(token_similarities, patches, words, mask)
-    return (_find_own(e.scale * i2t, mask.any(1)) + _find_own(e.scale * t2i, mask.any(1))) / 2
+    i2t, t2i = _both_directions(similarities, patches, words, mask)
+    return find_own(e.scale * i2t, e.scale * t2i, real=mask.any(1))
 
-# %% ../../nbs/31_tokens.ipynb #93c3a842
+# %% ../../nbs/31_tokens.ipynb #3a2db02e
 def filip_unpaired(
     e: Embeddings, # with patches and words
 ) -> Tensor: # scalar
@@ -91,7 +85,7 @@ def filip_unpaired(
     read = gather_padded(mask)[mine] # (n, t): the positions of this rank's texts, applied to every pair
     by_word = read.to(similarity.dtype) @ similarity.amax(2).T / read.sum(1, keepdim=True).clamp(min=1)
     best_word = similarity.masked_fill(~read[:, None, :, None], _HIDDEN).amax(2) # (n, N, p)
-    return (_find_own(by_word, mask.any(1)) + _find_own(best_word.mean(2), mask.any(1))) / 2
+    return find_own(by_word, best_word.mean(2), real=mask.any(1))
 
 # %% ../../nbs/31_tokens.ipynb #d208fd9d
 def gloria_scores(
@@ -122,30 +116,32 @@ def word_attention(
     shares = torch.einsum('npd,mtd->nmtp', regions, words).masked_fill(~word_mask[..., None], _HIDDEN).softmax(2)
     return (t1 * shares).softmax(3)
 
-# %% ../../nbs/31_tokens.ipynb #172a362d
+# %% ../../nbs/31_tokens.ipynb #d972d315
 def gloria(
     e: Embeddings, # with the extras regions (n, p, d), units (n, u, d) and unit_mask (n, u)
     *,
     t1: float = 4.0, # see `gloria_scores`
     t2: float = 5.0,
     t3: float = 10.0, # multiplies scores
+    scores=gloria_scores, # or what does the same, faster
 ) -> Tensor: # scalar
     "Contrast attention-weighted word–region scores, both directions added (GLoRIA, ICCV 2021, local part)."
     regions, units, mask = _read(e, 'gloria', 'regions', 'units', 'unit_mask')
     def similarities(*tokens):
-        scores = gloria_scores(*tokens, t1=t1, t2=t2)
-        return scores, scores.T
+        found = scores(*tokens, t1=t1, t2=t2)
+        return found, found.T
     i2t, t2i = _both_directions(similarities, regions, units, mask)
-    return _find_own(t3 * i2t, mask.any(1)) + _find_own(t3 * t2i, mask.any(1))
+    return 2 * find_own(t3 * i2t, t3 * t2i, real=mask.any(1))
 
 
 def gloria_global(
     e: Embeddings, # of a batch
     *,
     scale: float = 10.0, # multiplies cosines; fixed
+    contrast=contrastive, # or what does the same, faster
 ) -> Tensor: # scalar
     "Contrast global embeddings at a fixed scale, both directions added (GLoRIA, ICCV 2021, global part)."
-    return 2 * contrastive(dataclasses.replace(e, scale=scale))
+    return 2 * contrast(dataclasses.replace(e, scale=scale))
 
 # %% ../../nbs/31_tokens.ipynb #3e3d5e8a
 def within_pair_losses(

@@ -6,12 +6,12 @@
 __all__ = ['sinkhorn', 'uniform_mass', 'matched_similarity', 'transport_similarity', 'patch_sentence', 'patch_sentence_within',
            'patch_sentence_late']
 
-# %% ../../nbs/33_transport.ipynb #2885dc5a
+# %% ../../nbs/33_transport.ipynb #26cc8f99
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from ..embeddings import Embeddings, gather, gather_padded, mean_over_batch, rank, world_size
+from ..embeddings import Embeddings, gather, gather_padded, mean_over_batch, world_size
+from .contrast import find_own
 from .tokens import token_similarities
 
 # %% ../../nbs/33_transport.ipynb #babd422d
@@ -92,7 +92,7 @@ def transport_similarity(
         rows.append(_along_plan(cosines, masks, masses, solve, options).view(len(some), len(mask)))
     return torch.cat(rows)
 
-# %% ../../nbs/33_transport.ipynb #f7c9f4ea
+# %% ../../nbs/33_transport.ipynb #01378149
 def _read(e):
     "Return patches, sentences and mask; raises `ValueError` if the encoder was not asked for them."
     if e.patches is None or e.sentences is None:
@@ -107,13 +107,6 @@ def _against_all(score, image, sentences, mask):
     return i2t, t2i if world_size() == 1 else score(*map(gather, image), sentences, mask)[1]
 
 
-def _find_own(logits, real):
-    "Average the cross entropy of finding one's own partner, over both directions and the pairs with a sentence."
-    everywhere, own = gather(real), rank() * len(real) + torch.arange(len(real), device=real.device)
-    losses = [cross_entropy(o.masked_fill(~everywhere, -1e9), own, reduction='none') for o in logits]
-    return mean_over_batch(sum(losses) / 2, real)
-
-
 def patch_sentence(
     e: Embeddings, # this rank's rows, with patches and sentences
     *,
@@ -125,14 +118,14 @@ def patch_sentence(
 ) -> Tensor: # scalar; its mean over ranks is the loss of the global batch
     "Compute InfoNCE of transport similarities, with all ranks' pairs that have a sentence (our design)."
     patches, sentences, mask = _read(e)
-    mass = patches.new_ones(patches.shape[:2]) if weight is None else e.extras[weight]
+    mass = patches.new_ones(patches.shape[:2]) if weight is None else e.extra(weight)
     def score(patches, mass, sentences, mask):
         found = transport_similarity(patches, sentences, mask, weight=mass, chunk=chunk, solve=solve, **options)
         return found, found.mT
     scale = e.scale if temperature is None else 1 / temperature
-    return _find_own([scale * o for o in _against_all(score, (patches, mass), sentences, mask)], mask.any(1))
+    return find_own(*(scale * o for o in _against_all(score, (patches, mass), sentences, mask)), real=mask.any(1))
 
-# %% ../../nbs/33_transport.ipynb #9258d157
+# %% ../../nbs/33_transport.ipynb #23235c7e
 def patch_sentence_within(
     e: Embeddings, # this rank's rows, with patches and sentences
     *,
@@ -142,11 +135,11 @@ def patch_sentence_within(
     **options, # of `solve`: epsilon, iterations, gradient
 ) -> Tensor: # scalar, -1 at best; 0 if no report takes part
     "Average −D over matched pairs; needs another term that keeps embeddings apart (our design)."
-    mass, (patches, sentences, mask) = None if weight is None else e.extras[weight], _read(e)
+    mass, (patches, sentences, mask) = None if weight is None else e.extra(weight), _read(e)
     scores = matched_similarity(patches, sentences, mask, weight=mass, solve=solve, **options)
     return -mean_over_batch(scores, mask.sum(1) >= max(1, least))
 
-# %% ../../nbs/33_transport.ipynb #fe2042af
+# %% ../../nbs/33_transport.ipynb #dccd8d56
 def patch_sentence_late(
     e: Embeddings, # this rank's rows, with patches and sentences
     *,
@@ -156,4 +149,4 @@ def patch_sentence_late(
     "Compute InfoNCE of late interactions, with all ranks' pairs that have a sentence (EGMA, NeurIPS 2024, no gaze)."
     patches, sentences, mask = _read(e)
     scale = e.scale if temperature is None else 1 / temperature
-    return _find_own([scale * o for o in _against_all(similarities, (patches,), sentences, mask)], mask.any(1))
+    return find_own(*(scale * o for o in _against_all(similarities, (patches,), sentences, mask)), real=mask.any(1))
