@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'FORMS', 'LOCAL_PRESETS', 'local_vectors', 'local_mask', 'anchor_weights', 'local_contrast',
            'soft_alignment', 'log_potential', 'squared_distances', 'grid_positions', 'soft_targets', 'grid_targets',
            'sample_potential', 'within_pairs', 'per_sample_uniformity', 'Local', 'align_term', 'dist_term',
-           'local_loss', 'lovt', 'lovt_released', 'weighted_contrastive', 'local_statistics']
+           'local_loss', 'lovt', 'lovt_floor', 'lovt_released', 'weighted_contrastive', 'local_statistics']
 
 # %% ../../nbs/32_local.ipynb #bf9c74be
 import math
@@ -362,6 +362,17 @@ def lovt(
     told = local_mask(e, 'text').any(1)
     sides = _lovt_sides(e, temperature, threshold, decay)
     return sum(weight * mean_over_batch(o, told) for weight, o in zip((image, text), sides))
+
+# %% ../../nbs/32_local.ipynb #f0261b8e
+def lovt_floor(
+    e: Embeddings, # with what `lovt` reads
+    *,
+    image: float = 0.75, # as for `lovt`
+    threshold: float = 0.5,
+    decay: float = 1.0,
+) -> Tensor: # scalar
+    "Return what `lovt` cannot fall below: no region is found more surely than its blurred answer tells."
+    return image * torch.special.entr(_targets(e, 'image', 'exp', threshold, decay)).sum(-1).amin()
 
 # %% ../../nbs/32_local.ipynb #bd0d2acd
 def lovt_released(
