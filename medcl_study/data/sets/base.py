@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ACCESS', 'Remote', 'DataSet', 'mark_twin', 'source_of', 'read_table', 'need_file', 'need_folder',
-           'check_labels', 'StoredImages', 'twin_samples']
+           'list_files', 'check_files', 'write_table', 'check_labels', 'check_groups', 'StoredImages', 'read_hdf5',
+           'StackedImages', 'twin_samples']
 
-# %% ../../../nbs/17_base.ipynb #f2930733
+# %% ../../../nbs/17_base.ipynb #caa264b3
 import difflib
+import io
 import itertools
+import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import DataError, content_hash, write_json
+from ...core import DataError, atomic, content_hash, write_json
 from ..pairs import Sample
 from ..phantom import MODALITIES, phantom_corpus
 
@@ -88,9 +91,9 @@ def source_of(folder) -> str: # 'twin' or 'real'
     "Tell what a folder below MEDCL_DATA holds."
     return 'twin' if (Path(folder)/'TWIN').exists() else 'real'
 
-# %% ../../../nbs/17_base.ipynb #d1f13ddd
+# %% ../../../nbs/17_base.ipynb #0bc3707f
 def _read_xlsx(path): return pd.read_excel(path, dtype=object)
-def _read_csv(path): return pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+def _read_csv(path, **kw): return pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', **kw)
 def _read_jsonl(path): return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
 
 
@@ -100,10 +103,13 @@ _TABLES = {'.csv': _read_csv, '.xlsx': _read_xlsx, '.jsonl': _read_jsonl, '.parq
 def read_table(
     path, # .csv (cells stay text, '' where empty), .xlsx, .jsonl or .parquet
     columns, # names that must be there; others are kept
+    *,
+    header: bool = True, # False: a .csv without a line of names, whose columns are these in this order
 ) -> pd.DataFrame:
     "Read a table; raises `DataError` for a file that is missing or no table, and for a column that is missing."
     path = need_file(path)
-    try: frame = _TABLES[''.join(path.suffixes[:1]) if path.suffix == '.gz' else path.suffix](path)
+    options = {} if header else {'header': None, 'names': list(columns), 'index_col': False}
+    try: frame = _TABLES[''.join(path.suffixes[:1]) if path.suffix == '.gz' else path.suffix](path, **options)
     except (ValueError, OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as e:
         raise DataError(f'not a readable table ({type(e).__name__}: {str(e).strip()})', file=path, remedy='Download it again.') from None
     if missing := [o for o in columns if o not in frame]: raise _missing(missing, list(frame), path)
@@ -140,6 +146,46 @@ def _remedy(path):
             return f'Extract {", ".join(packed[:3])} in {folder.name}/ first.'
     return 'Complete the download; `medcl_data status` says where each file belongs.'
 
+# %% ../../../nbs/17_base.ipynb #089aa5f7
+def list_files(
+    folder,
+    suffix, # such as '.tif', or a tuple of such; case does not matter
+) -> list[str]: # names, sorted
+    "List the files of a folder; raises `DataError` if it is missing or holds none of the kind."
+    with os.scandir(need_folder(folder)) as entries: names = sorted(o.name for o in entries if o.name.lower().endswith(suffix))
+    if names: return names
+    raise DataError(f'no file ending in {suffix}', file=folder, remedy=_remedy(Path(folder)/'any'))
+
+
+def check_files(
+    names, # of files, as a table lists them
+    folder, # that must hold them
+    *,
+    path, # of the table, named in errors
+    first_row: int = 2, # number of the first name's row, as an editor shows it
+):
+    "Raise `DataError` naming the first listed file that the folder does not hold."
+    with os.scandir(need_folder(folder)) as entries: held = {o.name for o in entries}
+    missing = [i for i, o in enumerate(names) if o not in held]
+    if not missing: return
+    raise DataError(f'{names[missing[0]]!r} is not in {Path(folder).name}/, nor are {len(missing) - 1} others of {len(names)}',
+                    file=path, row=first_row + missing[0], remedy='The archive is half extracted; extract it again.')
+
+# %% ../../../nbs/17_base.ipynb #94013fc4
+def write_table(path, frame: pd.DataFrame, **options):
+    "Write a .csv or .xlsx, the same bytes each time; `options` go to pandas."
+    with atomic(path) as tmp:
+        if Path(path).suffix == '.xlsx': _write_xlsx(tmp, frame, **options)
+        else: frame.to_csv(tmp, **{'index': False, 'lineterminator': '\n'} | options)
+
+
+def _write_xlsx(path, frame, **options):
+    buffer = io.BytesIO()
+    frame.to_excel(buffer, **{'index': False, 'engine': 'openpyxl'} | options)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(zipfile.ZipInfo(name), re.sub(rb'\d{4}-\d\d-\d\dT[\d:.]+Z', b'2000-01-01T00:00:00Z', old.read(name)))
+
 # %% ../../../nbs/17_base.ipynb #e89bdf5b
 def check_labels(
     values, # of a column
@@ -157,7 +203,20 @@ def check_labels(
         raise DataError(f'{column} is {value!r}, none of {known}', file=path, row=first_row + i,
                         remedy=f'Perhaps {near[0]!r} is meant.' if near else None)
 
-# %% ../../../nbs/17_base.ipynb #ca774592
+# %% ../../../nbs/17_base.ipynb #6a506803
+def check_groups(
+    frame: pd.DataFrame, # has columns group and split
+    path, # named in errors
+):
+    "Raise `DataError` naming a group that stands in two splits."
+    pairs = frame.loc[(frame.group != '') & (frame.split != ''), ['group', 'split']].drop_duplicates()
+    torn = pairs[pairs.group.duplicated(keep=False)]
+    if torn.empty: return
+    group = torn.group.iloc[0]
+    raise DataError(f'group {group!r} stands in the splits {sorted(torn.split[torn.group == group])}', file=path,
+                    remedy='Download the files that say who is in which split again.')
+
+# %% ../../../nbs/17_base.ipynb #a22d079c
 class StoredImages:
     "Images of an array inside a file, read when asked for; numbering with an array of rows keeps those rows."
     def __init__(self,
@@ -210,12 +269,48 @@ def _open_npz(path, key):
 
 
 def _open_hdf5(path, key):
+    array = _hdf5(path, key)
+    _check_array(path, key, array.dtype, array.shape)
+    return array.shape, lambda i: array[i]
+
+
+def _hdf5(path, key):
     import h5py
     try: file = h5py.File(need_file(path), 'r')
     except OSError as e: raise DataError(f'not a readable HDF5 file ({e})', file=path, remedy='Download it again.') from None
-    if key not in file: raise DataError(f'no array {key!r}; there are {sorted(file)}', file=path, remedy='Download it again.')
-    _check_array(path, key, file[key].dtype, file[key].shape)
-    return file[key].shape, lambda i: file[key][i]
+    if key in file: return file[key]
+    raise DataError(f'no array {key!r}; there are {sorted(file)}', file=path, remedy='Download it again.')
+
+
+def read_hdf5(path, key: str) -> np.ndarray:
+    "Read a whole array of an HDF5 file, such as its labels; raises `DataError`."
+    array = _hdf5(path, key)
+    with array.file: return array[()]
+
+
+class StackedImages:
+    "Several `StoredImages` one after the other, numbered as one."
+    def __init__(self,
+        parts, # of the same image shape
+        rows=None, # numbers of the rows kept, counted over all parts
+    ):
+        self.parts = tuple(parts)
+        self.ends = np.cumsum([len(o) for o in self.parts])
+        self.rows = np.arange(self.ends[-1]) if rows is None else np.asarray(rows)
+
+    @property
+    def shape(self): return (len(self.rows), *self.parts[0].shape[1:])
+    def __len__(self): return len(self.rows)
+
+    def __getitem__(self, i):
+        if not isinstance(i, (int, np.integer)): return StackedImages(self.parts, self.rows[i])
+        row = int(self.rows[i])
+        part = int(np.searchsorted(self.ends, row, 'right'))
+        return self.parts[part][row - int(self.ends[part])] # from the part's end
+
+    def hash(self) -> str:
+        "Hash which files these are, and which rows are kept."
+        return content_hash([o.hash() for o in self.parts], self.rows)
 
 # %% ../../../nbs/17_base.ipynb #c9e27b4a
 def twin_samples(
