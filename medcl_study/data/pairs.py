@@ -6,21 +6,22 @@
 __all__ = ['COLUMNS', 'SPLIT_NAMES', 'Region', 'Question', 'Sample', 'normalise_text', 'Corpus', 'ManifestError', 'read_manifest',
            'split_groups', 'write_manifest']
 
-# %% ../../nbs/10_pairs.ipynb #dd5040f8
+# %% ../../nbs/10_pairs.ipynb #91fc42b2
 import json
 import os
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, content_hash, generator, write_parquet
+from .regions import Box, raster
 from .text import split_sentences
 
-# %% ../../nbs/10_pairs.ipynb #4567ab8b
+# %% ../../nbs/10_pairs.ipynb #fed4868b
 @dataclass(frozen=True)
 class Region:
     "A part of an image, tied to the sentence that names it."
@@ -28,6 +29,11 @@ class Region:
     sentence: int = -1 # index into the sample's sentences, -1 if no sentence names it
     mask: object = None # bool (h, w), a file, or a shape that has raster(height, width) → bool (h, w)
     box: tuple[float, float, float, float] | None = None # x0, y0, x1, y1 as fractions of width and height
+
+    def raster(self, height: int, width: int) -> np.ndarray: # bool (height, width)
+        "Draw the region at any size: its mask, or where there is none its box, filled; raises `DataError` for neither."
+        if self.mask is None and self.box is None: raise DataError(f'a region of {self.label!r} has neither mask nor box')
+        return raster(Box(*self.box) if self.mask is None else self.mask, height, width)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Sample:
     source: str = '' # 'phantom', 'twin' or 'real'
     modality: str = ''
 
-# %% ../../nbs/10_pairs.ipynb #706c51f2
+# %% ../../nbs/10_pairs.ipynb #7705b2fd
 def normalise_text(text: str) -> str:
     "Fold case, spaces and final punctuation, for deciding whether two texts are the same."
     return ' '.join(text.casefold().split()).rstrip('.;:, ')
@@ -91,7 +97,7 @@ class Corpus(Sequence):
     def _image(self, i, row): return self.pixels[i] if self.pixels is not None else self.root / row.image
 
     def _regions(self, row):
-        if 'regions' in row: return row.regions
+        if 'regions' in row: return tuple(replace(o, mask=self.root / o.mask) if isinstance(o.mask, str) else o for o in row.regions)
         mask = row.get('mask')
         return (Region(label='', mask=self.root / mask),) if isinstance(mask, str) and mask else ()
 
@@ -126,7 +132,8 @@ class Corpus(Sequence):
         truths = [o for o in ('regions', 'questions') if o in self.frame]
         table = self.frame.drop(columns=truths).to_json(orient='records', force_ascii=False).encode()
         pixels = self.pixels.hash() if hasattr(self.pixels, 'hash') else self.pixels
-        return content_hash(self.name, list(self.classes), table, *(self.frame[o].tolist() for o in truths), *([] if pixels is None else [pixels]))
+        return content_hash(self.name, list(self.classes), table, *(self.frame[o].tolist() for o in truths),
+                            *([] if pixels is None else [pixels]))
 
 # %% ../../nbs/10_pairs.ipynb #829aa754
 COLUMNS = ('id', 'image', 'text', 'labels', 'group', 'split', 'modality', 'mask')
