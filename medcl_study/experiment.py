@@ -297,7 +297,7 @@ def make_encoder(run: Run) -> DualEncoder:
         raise Unavailable(f'{run.method} keeps the text tower as it is, so it needs a pretrained one: text_tower minilm_2')
     return encoder.freeze(lock_image=method.lock_image, lock_text=method.lock_text).ask(**method.wishes)
 
-# %% ../nbs/70_experiment.ipynb #d42a14d9
+# %% ../nbs/70_experiment.ipynb #b4500ff2
 def _dataset(run, part, tokenizer):
     "Tokenize a part and join it with its pixels."
     tokens = tokenizer(list(part.corpus.frame.text), max_tokens=run.max_tokens)
@@ -322,8 +322,11 @@ def pretrain(
     progress: bool = False,
     device='cpu',
 ) -> list: # history
-    "Train the encoder of a run by its method."
-    loaders = pair_loaders(_train_data(run, encoder.tokenizer), _dataset(run, pair_part(run, 'valid'), encoder.tokenizer),
+    "Train the encoder of a run by its method; what locked towers make of a finite set of pairs is computed once."
+    data = _train_data(run, encoder.tokenizer)
+    if isinstance(data, PairDataset):
+        encoder.remember(images=data.images if data.augmentation == 'none' else None, tokens=data.tokens)
+    loaders = pair_loaders(data, _dataset(run, pair_part(run, 'valid'), encoder.tokenizer),
                            batch_size=run.batch_size, seed=run.seed, workers=run.workers, rank=rank(), world=world_size(),
                            device=device)
     config = TrainConfig(epochs=run.epochs, batch_size=run.batch_size, accumulation=run.accumulation, lr=run.lr,

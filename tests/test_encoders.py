@@ -1,4 +1,5 @@
 "Image towers, text towers and the dual encoder: every promise against a reference written out by hand."
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,12 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from medcl_study.core import DataError, write_tensors
+from medcl_study.data.loaders import PairDataset, pair_loaders
 from medcl_study.data.text import Tokenizer, minilm_folder
 from medcl_study.encoders import text as text_module
 from medcl_study.encoders.dual import MAX_SCALE, DualEncoder, EncoderConfig
 from medcl_study.encoders.image import IMAGE_TOWERS, image_tower, random_keep
 from medcl_study.encoders.text import TEXT_TOWERS, sentence_means, text_tower
 from medcl_study.encoders.weights import read_weights, under
+from medcl_study.losses.contrast import contrastive
+from medcl_study.trainer import TrainConfig, train
+from toy import StopAt
 
 REPORTS = ['No effusion. The heart is enlarged.', 'Small left pleural effusion.', 'Clear lungs.', 'Heart size is normal. No nodule.',
            'A nodule. In the right upper zone. No effusion.', 'Normal.']
@@ -544,6 +549,119 @@ def test_frozen_parts_record_no_graph_and_drop_nothing():
     assert torch.equal(encoder(batch).text, encoder(batch).text) # all dropout is silent
     encoder.freeze()
     assert not torch.equal(encoder(batch).text, encoder(batch).text) and encoder.eval().train().text.training
+
+
+class Pictures:
+    "Images of some pairs, and how often they are read."
+    def __init__(self, n, seed=0):
+        self.reads = 0
+        self.pixels = torch.randint(256, (n, 32, 32, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).numpy()
+    def __len__(self): return len(self.pixels)
+    def batch(self, rows):
+        self.reads += 1
+        return self.pixels[rows]
+
+
+def trained(n=24, epochs=3, *, remember, accumulation=1, precision='fp32', ask={}, locks={}, stop=None, folder=None, rank=0, world=1, **changes):
+    "Train a tiny encoder on pairs that are few enough to return; gives weights, losses, and how often each tower was asked."
+    texts = [f'{a} {b}' for a in REPORTS for b in REPORTS][:n]
+    data = PairDataset(Pictures(n), TOKENIZER(texts, max_tokens=32), np.arange(n))
+    encoder, asked = make(**changes).ask(**ask).freeze(**locks), {'image': 0, 'text': 0}
+    for name in asked: getattr(encoder, name).register_forward_hook(lambda *_, name=name: asked.update({name: asked[name] + 1}))
+    if remember: encoder.remember(images=data.images, tokens=data.tokens)
+    config = TrainConfig(epochs=epochs, batch_size=8, lr=1e-3, accumulation=accumulation, precision=precision, log_every=1)
+    callbacks = [StopAt(stop)] if stop else []
+    loaders = pair_loaders(data, data, batch_size=8, rank=rank, world=world)
+    with contextlib.suppress(KeyboardInterrupt) if stop else contextlib.nullcontext():
+        history = train(encoder, contrastive, loaders, config, folder=folder, callbacks=callbacks)
+    if stop: return
+    return encoder.state_dict(), [o['loss'] for o in history] + [o['valid_loss'] for o in history if o['valid_loss']], asked
+
+
+@pytest.mark.parametrize('options', [
+    dict(locks={'lock_image': 0}), dict(locks={'lock_text': 0}), dict(locks={'lock_image': 0}, accumulation=2),
+    dict(locks={'lock_image': 0, 'lock_text': 0}, ask={'patches': True, 'words': True, 'sentences': True}, n=20),
+    dict(locks={'lock_image': 0}, image_tower='resnet10t', channels=3), dict(locks={'lock_text': 0}, dropout=.3, accumulation=3),
+    dict(locks={'lock_image': 0, 'lock_text': 0}, precision='bf16'),
+], ids=str)
+def test_remembered_towers_train_alike(options):
+    locked = [o.removeprefix('lock_') for o in options['locks']]
+    (a, losses, often), (b, found, asked) = (trained(remember=o, **options) for o in (False, True))
+    exact = options.get('precision') != 'bf16'
+    assert found == pytest.approx(losses, rel=1e-6 if exact else 1e-2)
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-5 if exact else 5e-3) # Adam divides by small gradients
+    validations = 3 * (3 if options.get('n', 24) == 24 else 2)
+    for name in often: assert asked[name] == (1 + validations if name in locked else often[name])
+
+
+@pytest.mark.parametrize('lock', ['lock_image', 'lock_text'])
+def test_an_interrupted_run_remembers_the_same(lock, tmp_path, one_thread):
+    undisturbed = trained(remember=True, locks={lock: 0})
+    trained(remember=True, locks={lock: 0}, stop=5, folder=tmp_path)
+    assert (tmp_path/'checkpoint.pt').exists()
+    resumed = trained(remember=True, locks={lock: 0}, folder=tmp_path)
+    assert resumed[1] == undisturbed[1] and all(torch.equal(o, undisturbed[0][k]) for k, o in resumed[0].items())
+
+
+@pytest.mark.parametrize('lock', ['lock_image', 'lock_text'])
+def test_two_processes_remember_like_one(lock, two_processes):
+    "Every process holds all rows, since another epoch gives it others."
+    one = trained(remember=True, locks={lock: 0})
+    ranks = two_processes(lambda r: trained(remember=True, locks={lock: 0}, rank=r, world=2))
+    for weights, losses, asked in ranks:
+        assert losses == pytest.approx(one[1], rel=1e-4) and asked[lock.removeprefix('lock_')] == one[2][lock.removeprefix('lock_')]
+        for k in weights: close(weights[k], one[0][k], 1e-4)
+
+
+def test_images_alone_are_remembered_to_the_bit():
+    (a, losses, _), (b, found, _) = (trained(remember=o, locks={'lock_image': 0}) for o in (False, True))
+    assert found == losses and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('options', [dict(locks={'lock_image': 1, 'lock_text': 1}), dict(), dict(locks={'lock_image': 0}, ask={'mask_ratio': .5}),
+                                     dict(locks={'lock_text': 0}, ask={'one_sentence': True})], ids=str)
+def test_what_is_trained_masked_or_drawn_is_not_remembered(options):
+    (a, losses, often), (b, found, asked) = (trained(remember=o, **options) for o in (False, True))
+    assert found == losses and asked == often and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_memory_ends_with_what_it_rests_on(tmp_path):
+    encoder, pictures = make().freeze(lock_image=0), Pictures(6)
+    tokens, batch = TOKENIZER(REPORTS), make_batch() | {'index': torch.arange(6)}
+    encoder.save(tmp_path)
+    for end in (lambda: encoder.ask(words=True), lambda: encoder.freeze(lock_image=0), lambda: encoder.load_weights(tmp_path)):
+        encoder.remember(images=pictures, tokens=tokens)(batch)
+        assert set(encoder.sources) == set(encoder.memory) == {'image'}
+        end()
+        assert not encoder.sources and not encoder.memory
+    assert pictures.reads == 3 and 'memory' not in str(list(encoder.state_dict()))
+    encoder.remember(images=pictures)({k: v for k, v in batch.items() if k != 'index'}) # no row numbers: nothing to look up
+    assert not encoder.memory
+
+
+def test_heads_see_the_sentence_that_was_drawn():
+    "A head on words gets the tokens, masks and sentences of the text that the tower has read."
+    encoder, batch, seen = make(), make_batch(), []
+    encoder.add_heads({'local': {'text': 'words', 'hidden': 8}})
+    encoder.heads['local'].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    e = encoder.ask(one_sentence=True).train()(batch)
+    step = seen.pop()
+    assert step.words.shape[:2] == step.word_mask.shape == step.batch['sentence_index'].shape
+    assert torch.equal(e.word_mask, step.word_mask) and (step.word_mask.sum(1) < batch['token_mask'].sum(1)).any()
+    for index, mask in zip(step.batch['sentence_index'], step.word_mask): assert len(index[index >= 0].unique()) == 1 and mask[index >= 0].all()
+    assert torch.equal(e.extras['unit_mask'], step.word_mask & (step.batch['sentence_index'] >= 0))
+    encoder.eval()(batch)
+    assert torch.equal(seen[0].word_mask, batch['token_mask'])
+
+
+def test_only_what_a_head_follows_is_gathered(monkeypatch):
+    encoder, gathered = make(), []
+    encoder.add_heads({'masked_prediction': {'width': 16, 'depth': 1}, 'declip': {'vocabulary': list(range(50)), 'hidden': 16, 'queue': 4}})
+    encoder.ask(mask_ratio=.5)
+    e = encoder(make_batch(views=2))
+    for name in ('gather', 'gather_padded'): monkeypatch.setattr(f'medcl_study.encoders.dual.{name}', lambda x: gathered.append(x.shape) or x)
+    encoder.follow(e)
+    assert gathered == [e.text.shape] and encoder.heads['declip'].queue.seen == len(e)
 
 
 # The dual encoder: evaluation, save and load

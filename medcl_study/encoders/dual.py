@@ -6,13 +6,14 @@
 __all__ = ['HEADS', 'EXTRA_HEADS', 'MAX_SCALE', 'EncoderConfig', 'Request', 'Encoded', 'projection', 'extra_head', 'DualEncoder',
            'random_sentence']
 
-# %% ../../nbs/22_dual.ipynb #da4adced
+# %% ../../nbs/22_dual.ipynb #9a7a18b4
 import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ def extra_head(
     if name not in EXTRA_HEADS: raise ValueError(f"head '{name}': expected one of {', '.join(EXTRA_HEADS)}")
     return EXTRA_HEADS[name](encoder, **options)
 
-# %% ../../nbs/22_dual.ipynb #2129d721
+# %% ../../nbs/22_dual.ipynb #3197759b
 MAX_SCALE = 100.0
 
 
@@ -179,37 +180,43 @@ class DualEncoder(nn.Module):
         "Bring the stored scale back into its limits; to be called after each optimizer step."
         self.logit_scale.clamp_(0, math.log(MAX_SCALE))
 
+    def forget(self) -> 'DualEncoder':
+        "Ask locked towers anew, see `remember`."
+        self.sources, self.memory = {}, {} # tower → its inputs; tower → what it returned
+        return self
+
     @torch.no_grad()
     def follow(self,
         e: Embeddings, # of this rank's rows, as the step computed them
     ):
         "Let momentum copies and queues of the heads follow; to be called after each optimizer step."
-        extras = {k: gather_padded(v.detach()) if v.ndim > 1 else gather(v.detach()) for k, v in e.extras.items()}
+        read = {name for head in self.heads.values() for name in head.follows}
+        extras = {k: gather_padded(v.detach()) if v.ndim > 1 else gather(v.detach()) for k, v in e.extras.items() if k in read}
         for head in self.heads.values(): head.after_step(self, extras)
 
-# %% ../../nbs/22_dual.ipynb #22512abc
+# %% ../../nbs/22_dual.ipynb #628c0f1a
 @patch
 def ask(self: DualEncoder, **wishes) -> 'DualEncoder': # fields of `Request`
     "Set what `forward` computes besides what the heads need, and return the encoder."
     for name, value in [o for head in self.heads.values() for o in head.needs.items()]:
         wishes[name] = max(wishes.get(name, value), value)
     self.request = Request(**wishes)
-    return self
+    return self.forget()
 
 
 @patch
 def forward(self: DualEncoder,
-    batch: dict, # images (n, v, c, h, w) uint8; tokens, token_mask and, for sentences, sentence_index (n, t)
+    batch: dict, # images (n, v, c, h, w) uint8; tokens, token_mask and, for sentences, sentence_index (n, t); text_id, index (n,)
 ) -> Embeddings:
     "Embed a batch of pairs, as far as `request` asks."
     ask, images = self.request, batch['images']
     if ask.views > images.shape[1]:
         raise ValueError(f'{ask.views} views are asked for, but the batch holds {images.shape[1]}: '
                          f'load it with views={ask.views}')
-    text = batch['tokens'], batch['token_mask'], batch.get('sentence_index')
-    if ask.one_sentence and self.training: text = random_sentence(*text)
-    text, words = self._text(*text, words=ask.words, sentences=ask.sentences)
-    image, kept, patches = self._image(images[:, 0], ask.mask_ratio, ask.patches)
+    if ask.one_sentence and self.training: batch = batch | dict(zip(_TEXT, random_sentence(*(batch[o] for o in _TEXT))))
+    index = batch.get('index') if self.training else None
+    text, words = self._text(*map(batch.get, _TEXT), words=ask.words, sentences=ask.sentences, index=index)
+    image, kept, patches = self._image(images[:, 0], ask.mask_ratio, ask.patches, index=index)
     views = self._views(images[:, 1:ask.views], ask.view_mask_ratio) if ask.views > 1 else None
     e = Embeddings(image=image.global_, text=text.global_, scale=self.scale, bias=self.bias, patches=image.patches,
                    kept=kept, words=text.words, word_mask=text.word_mask, sentences=text.sentences,
@@ -218,6 +225,9 @@ def forward(self: DualEncoder,
     step = Step(self, batch, e, patches, words, views)
     for head in self.heads.values(): e.extras |= head(step)
     return e
+
+
+_TEXT = 'tokens', 'token_mask', 'sentence_index' # of a batch
 
 
 @patch
@@ -239,7 +249,7 @@ def random_sentence(
     order = (~keep).long().argsort(dim=1, stable=True)
     return tuple(o.gather(1, order) for o in (tokens * keep, keep, index.masked_fill(~keep, -1)))
 
-# %% ../../nbs/22_dual.ipynb #9ef6941b
+# %% ../../nbs/22_dual.ipynb #79999fc9
 def _unit(vectors, mask=None):
     "Scale to unit length in single precision; zero where `mask` is False."
     vectors = F.normalize(vectors.float(), dim=-1)
@@ -247,29 +257,38 @@ def _unit(vectors, mask=None):
 
 
 @patch
-def _image(self: DualEncoder, images, mask_ratio=0.0, patches=False):
+def _recall(self: DualEncoder, tower, index, length=None):
+    "Return (patches or words, pooled) of remembered rows, as the tower would; None if it has to be asked."
+    if index is None or tower not in self.sources: return None
+    if tower not in self.memory: self.memory[tower] = _read(self, tower)
+    each, pooled = self.memory[tower]
+    return None if each is None else each[index, :length], pooled[index]
+
+
+@patch
+def _image(self: DualEncoder, images, mask_ratio=0.0, patches=False, index=None):
     "Encode images (n, c, h, w), masked only while training; returns also which patches were kept, and these unprojected."
     kept = None
     if mask_ratio and self.training:
         rows, columns = self.image.patch_grid
         kept = random_keep(len(images), rows * columns, ratio=mask_ratio, device=images.device)
-    each, pooled = self.image(self.image.normalise(images), kept, patches=patches)
+    each, pooled = self._recall('image', index) or self.image(self.image.normalise(images), kept, patches=patches)
     return Encoded(_unit(self.image_head(pooled)), pooled,
                    patches=_unit(self.image_head(each)) if patches else None), kept, each
 
 
 @patch
-def _text(self: DualEncoder, ids, mask, index=None, *, words=False, sentences=False):
+def _text(self: DualEncoder, ids, mask, sentence_index=None, *, words=False, sentences=False, index=None):
     "Encode tokenized texts (n, t); returns also their unprojected tokens."
-    each, pooled = self.text(ids, mask, words=words or sentences)
+    each, pooled = self._recall('text', index, ids.shape[1]) or self.text(ids, mask, words=words or sentences)
     found = Encoded(_unit(self.text_head(pooled)), pooled)
     if words: found.words, found.word_mask = _unit(self.text_head(each), mask), mask
     if sentences:
-        means, found.sentence_mask = sentence_means(each, index)
+        means, found.sentence_mask = sentence_means(each, sentence_index)
         found.sentences = _unit(self.text_head(means), found.sentence_mask)
     return found, each
 
-# %% ../../nbs/22_dual.ipynb #b1bd04ea
+# %% ../../nbs/22_dual.ipynb #c3e24f63
 @patch
 def freeze(self: DualEncoder,
     *,
@@ -285,7 +304,7 @@ def freeze(self: DualEncoder,
         raise ValueError(f'lock_text={lock_text}: expected 0 to {len(text) - 1}, the blocks of {self.config.text_tower}')
     leave_trainable(image, lock_image)
     leave_trainable(text, lock_text)
-    return self.train(self.training)
+    return self.forget().train(self.training)
 
 
 @patch
@@ -294,6 +313,35 @@ def train(self: DualEncoder, mode: bool = True) -> DualEncoder:
     nn.Module.train(self, mode)
     for part in (self.image, self.image_head, self.text, self.text_head): eval_frozen(part)
     return self
+
+# %% ../../nbs/22_dual.ipynb #55ff019e
+@patch
+def remember(self: DualEncoder,
+    *,
+    images=None, # has len() and batch(rows) → uint8 (n, h, w, c); row i is `index` i of a batch; None: do not
+    tokens=None, # data.text.Tokens of the same rows; None: do not
+) -> DualEncoder:
+    "Look up what locked towers return for these rows, while training."
+    locked = lambda tower: not any(o.requires_grad for o in tower.parameters())
+    fits = {'image': images is not None and locked(self.image) and not self.request.mask_ratio,
+            'text': tokens is not None and locked(self.text) and not self.request.one_sentence}
+    self.forget().sources = {k: v for k, v in (('image', images), ('text', tokens)) if fits[k]}
+    return self
+
+
+@torch.no_grad()
+def _read(encoder, tower, size=256):
+    "Encode every row that is to be remembered."
+    source, ask, device = encoder.sources[tower], encoder.request, encoder.logit_scale.device
+    def image(rows):
+        pixels = torch.from_numpy(source.batch(rows)).permute(0, 3, 1, 2).to(device)
+        return encoder.image(encoder.image.normalise(pixels), patches=ask.patches)
+    def text(rows):
+        ids, mask = (torch.from_numpy(o[rows]).to(device) for o in (source.ids, source.mask))
+        return encoder.text(ids, mask, words=ask.words or ask.sentences)
+    encode = {'image': image, 'text': text}[tower]
+    parts = [encode(np.arange(i, min(i + size, len(source)))) for i in range(0, len(source), size)]
+    return tuple(None if o[0] is None else torch.cat(o) for o in zip(*parts))
 
 # %% ../../nbs/22_dual.ipynb #0083c83a
 def _stack(parts, order=None):
@@ -352,7 +400,7 @@ def _evaluating(module):
     try: yield
     finally: module.train(training)
 
-# %% ../../nbs/22_dual.ipynb #773a1652
+# %% ../../nbs/22_dual.ipynb #2839159c
 @patch
 def save(self: DualEncoder,
     folder, # made if missing
@@ -386,4 +434,4 @@ def load_weights(self: DualEncoder,
 ) -> DualEncoder:
     "Copy saved weights into this encoder; raises `DataError` naming the first tensor that does not fit."
     load_weights(self, read_weights(path), source=path)
-    return self
+    return self.forget()

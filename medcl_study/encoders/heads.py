@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..embeddings import Embeddings
 
-# %% ../../nbs/21a_heads.ipynb #11bbf377
+# %% ../../nbs/21a_heads.ipynb #90da08fb
 @dataclass
 class Step:
     "What the encoder has computed of a batch, before heads add to it."
@@ -32,6 +32,7 @@ class Step:
 class Head(nn.Module):
     "A part of a method beside the towers: made from the encoder, called in every training step."
     needs: dict = {} # fields of encoders.dual.Request
+    follows: tuple = () # outputs that `after_step` reads; nothing else is gathered from the ranks
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         "Return named outputs whose first axis is the batch."
@@ -39,6 +40,6 @@ class Head(nn.Module):
 
     def after_step(self,
         encoder: nn.Module,
-        extras: dict[str, Tensor], # of the global batch, without gradient
+        extras: dict[str, Tensor], # at least what `follows` names, of the global batch, without gradient
     ):
         "Change what is not trained by gradients; nothing by default."

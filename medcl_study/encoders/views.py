@@ -103,10 +103,10 @@ class TextQueue(nn.Module):
         self.texts[slots[-len(self.texts):]] = texts[-len(self.texts):].to(self.texts.dtype)
         self.seen += len(texts)
 
-# %% ../../nbs/21e_view_heads.ipynb #80e95df2
+# %% ../../nbs/21e_view_heads.ipynb #43b61640
 class Declip(Head):
     "Compute what DeCLIP adds to CLIP (2110.05208); raises `ValueError` without a token that hides a word."
-    needs = {'views': 2}
+    needs, follows = {'views': 2}, ('queue_text',)
     def __init__(self,
         encoder: nn.Module, # the DualEncoder it will belong to
         vocabulary: list[int], # ascending ids of the tokens that occur
