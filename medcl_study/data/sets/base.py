@@ -109,7 +109,7 @@ def read_table(
     "Read a table; raises `DataError` for a file that is missing or no table, and for a column that is missing."
     path = need_file(path)
     options = {} if header else {'header': None, 'names': list(columns), 'index_col': False}
-    try: frame = _TABLES[path.with_suffix('').suffix if path.suffix == '.gz' else path.suffix](path, **options)
+    try: frame = _TABLES[''.join(path.suffixes[:1]) if path.suffix == '.gz' else path.suffix](path, **options)
     except (ValueError, OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as e:
         raise DataError(f'not a readable table ({type(e).__name__}: {str(e).strip()})', file=path, remedy='Download it again.') from None
     if missing := [o for o in columns if o not in frame]: raise _missing(missing, list(frame), path)
@@ -146,7 +146,7 @@ def _remedy(path):
             return f'Extract {", ".join(packed[:3])} in {folder.name}/ first.'
     return 'Complete the download; `medcl_data status` says where each file belongs.'
 
-# %% ../../../nbs/17_base.ipynb #089aa5f7
+# %% ../../../nbs/17_base.ipynb #86db9b17
 def list_files(
     folder,
     suffix, # such as '.tif', or a tuple of such; case does not matter
@@ -158,14 +158,18 @@ def list_files(
 
 
 def check_files(
-    names, # of files, as a table lists them
+    names, # of files, as a table lists them: paths relative to the folder
     folder, # that must hold them
     *,
     path, # of the table, named in errors
     first_row: int = 2, # number of the first name's row, as an editor shows it
 ):
-    "Raise `DataError` naming the first listed file that the folder does not hold."
-    with os.scandir(need_folder(folder)) as entries: held = {o.name for o in entries}
+    "Raise `DataError` naming the first listed file that the folder does not hold, or that would lie outside it."
+    held = set()
+    for inner in dict.fromkeys(o.rpartition('/')[0] for o in names):
+        if inner.startswith('/') or '..' in inner.split('/') or '\\' in inner:
+            raise DataError(f'files in {inner!r}, which is not inside {Path(folder).name}/', file=path, remedy='Download it again.')
+        with os.scandir(need_folder(Path(folder)/inner)) as entries: held.update(f'{inner}/{o.name}'.lstrip('/') for o in entries)
     missing = [i for i, o in enumerate(names) if o not in held]
     if not missing: return
     raise DataError(f'{names[missing[0]]!r} is not in {Path(folder).name}/, nor are {len(missing) - 1} others of {len(names)}',
