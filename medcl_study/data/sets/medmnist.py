@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MEDMNIST', 'NpzImages', 'read_medmnist', 'read_medmnist_set', 'medmnist_twin']
 
-# %% ../../../nbs/17b_medmnist.ipynb #68fe0e39
+# %% ../../../nbs/17b_medmnist.ipynb #dffc2cae
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ...core import DataError, atomic, content_hash, seed_from
 from ..images import to_channels
 from ..pairs import Corpus
 from ..phantom import MODALITIES
-from .base import DataSet, Remote, StoredImages, mark_twin, source_of, twin_samples
+from .base import DataSet, Remote, StoredImages, mark_twin, need_file, source_of, twin_samples
 
 # %% ../../../nbs/17b_medmnist.ipynb #0a9cb4e0
 class NpzImages:
@@ -47,7 +48,7 @@ class NpzImages:
         with zipfile.ZipFile(self.path) as f: members = [f.getinfo(f'{o}.npy') for o in self.keys]
         return content_hash([[o.filename, o.file_size, o.CRC] for o in members], self.rows)
 
-# %% ../../../nbs/17b_medmnist.ipynb #b255e90b
+# %% ../../../nbs/17b_medmnist.ipynb #b76c1f27
 _SPLITS = {'train': 'train', 'val': 'valid', 'test': 'test'} # theirs → ours
 
 
@@ -62,6 +63,7 @@ def read_medmnist(
     in_memory: bool = False, # hold the images, rather than read each when it is asked for
 ) -> Corpus:
     "Read a file in MedMNIST's layout; raises `DataError` naming the array that is missing or does not fit."
+    _check_members(path)
     pixels = NpzImages(path, [f'{o}_images' for o in _SPLITS])
     names = tuple(numbering or classes)
     parts = [_table(path, theirs, images, names) for theirs, images in zip(_SPLITS, pixels.parts)]
@@ -71,9 +73,18 @@ def read_medmnist(
     return Corpus(frame, name=name, classes=tuple(classes), source=source, pixels=np.stack(list(pixels)) if in_memory else pixels)
 
 
+def _check_members(path):
+    "Raise `DataError` for a file that is no archive, and for the first array that is not in it."
+    try:
+        with zipfile.ZipFile(need_file(path)) as f: found = [o.removesuffix('.npy') for o in f.namelist()]
+    except zipfile.BadZipFile as e: raise DataError(f'not a readable .npz file ({e})', file=path, remedy='Download it again.') from None
+    for key in (f'{s}_{k}' for s in _SPLITS for k in ('images', 'labels')):
+        if key not in found: raise DataError(f'no array {key!r}; there are {sorted(found)}', file=path, remedy='Download it again.')
+
+
 def _table(path, theirs, images, names):
     "Return the table of one split, checked."
-    labels = _array(path, f'{theirs}_labels')
+    labels = _labels(path, f'{theirs}_labels')
     if labels.ndim != 2 or len(labels) != len(images):
         raise DataError(f'{theirs}_images {images.shape} and {theirs}_labels {labels.shape} do not fit; expected (n, 1) '
                         'labels, or (n, classes)', file=path, remedy='Download it again.')
@@ -86,11 +97,10 @@ def _table(path, theirs, images, names):
                          'labels': _names_of(labels, names)})
 
 
-def _array(path, key):
+def _labels(path, key):
     try:
         with np.load(path) as f: return f[key]
-    except KeyError: raise DataError(f'no array {key!r}', file=path, remedy='Download it again.') from None
-    except (OSError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as e:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(f'array {key!r} cannot be read ({e})', file=path, remedy='Download it again.') from None
 
 
