@@ -74,11 +74,11 @@ def still(model):
     return model
 
 
-def gradients(method, data, *, parts=1, reduce=None):
+def gradients(method, data, *, parts=1, reduce=None, fast=False):
     "Return (loss, gradient of each parameter by name) of one step of a row."
     model = still(encoder(method))
     with nothing_random():
-        loss = method_loss(method)((MicroBatches(model, parts) if parts > 1 else model)(data))
+        loss = method_loss(method, fast=fast)((MicroBatches(model, parts) if parts > 1 else model)(data))
         loss.backward()
     if reduce: reduce(model)
     return loss.detach(), {k: p.grad for k, p in model.named_parameters()}

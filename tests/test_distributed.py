@@ -10,7 +10,7 @@ import torch
 import rows
 from medcl_study.losses.contrast import contrastive
 from medcl_study.methods import METHODS
-from medcl_study.trainer import train
+from medcl_study.trainer import average_gradients, train
 from toy import CONFIG, Encoder, encoder_with_idle_parts, gradients, loaders, pairs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -68,6 +68,23 @@ def test_an_interrupted_run_resumes_exactly(ranks):
     assert len({h for o in ranks for h in o['hashes']}) == 1
 
 
+def test_fast_paths_equal_one_process(two_processes):
+    "Whose scores, unlike those of global vectors, keep their fast path across ranks."
+    names = 'filip', 'gloria', 'mlip'
+    def half(rank): return {k: v.chunk(2)[rank] for k, v in rows.batch().items()}
+    found = two_processes(lambda rank: [rows.gradients(o, half(rank), fast=True, reduce=average_gradients) for o in names])
+    for name, *parts in zip(names, *found):
+        loss, full = rows.gradients(name, rows.batch())
+        assert sum(o.item() for o, _ in parts) / 2 == pytest.approx(loss.item(), rel=1e-5)
+        for _, grads in parts: assert_same_gradients(grads, full)
+
+
+def assert_same_gradients(found, full):
+    assert {k for k, g in found.items() if g is None} == {k for k, g in full.items() if g is None}
+    a, b = (torch.cat([g.flatten() for g in o.values() if g is not None]) for o in (found, full))
+    assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_equals_one_process(ranks, name):
     "Also with texts of another length on each rank, further views and extra heads."
@@ -75,7 +92,4 @@ def test_every_method_equals_one_process(ranks, name):
     loss, full = rows.gradients(name, rows.batch())
     parts = [o['rows'][name] for o in ranks]
     assert sum(o.item() for o, _ in parts) / 2 == pytest.approx(loss.item(), rel=1e-5)
-    for _, found in parts:
-        assert {k for k, g in found.items() if g is None} == {k for k, g in full.items() if g is None}
-        a, b = (torch.cat([g.flatten() for g in o.values() if g is not None]) for o in (found, full))
-        assert (a - b).norm() <= 1e-5 * b.norm()
+    for _, found in parts: assert_same_gradients(found, full)
