@@ -109,7 +109,7 @@ def read_table(
     "Read a table; raises `DataError` for a file that is missing or no table, and for a column that is missing."
     path = need_file(path)
     options = {} if header else {'header': None, 'names': list(columns), 'index_col': False}
-    try: frame = _TABLES[''.join(path.suffixes[:1]) if path.suffix == '.gz' else path.suffix](path, **options)
+    try: frame = _TABLES[path.with_suffix('').suffix if path.suffix == '.gz' else path.suffix](path, **options)
     except (ValueError, OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as e:
         raise DataError(f'not a readable table ({type(e).__name__}: {str(e).strip()})', file=path, remedy='Download it again.') from None
     if missing := [o for o in columns if o not in frame]: raise _missing(missing, list(frame), path)
