@@ -36,7 +36,7 @@ def _blocks(report): # yields ('final', 'wet read' or 'addendum', text)
     marks = [(0, 0, 'final'), *((m.start(), m.end(), _KIND[m.lastgroup]) for m in _BLOCK.finditer(report)), (len(report), 0, '')]
     for (_, begin, kind), (end, *_) in pairwise(marks): yield kind, report[begin:end]
 
-# %% ../../nbs/12a_reports.ipynb #49c13326
+# %% ../../nbs/12a_reports.ipynb #4ef2a5d0
 _EXTRA = {'examination': ('type of examination',), 'indication': ('reason', 'additional history'),
           'comparison': ('reference exam', 'comparison film', 'comparison films', 'previous studies')}
 _NAMES = {theirs: ours for table in (HEADERS, _EXTRA) for ours, names in table.items() for theirs in names
@@ -47,7 +47,7 @@ _WORDS = {'impression': 'impression', 'conclusion': 'impression', 'findings': 'f
           'recommendation': 'recommendation', 'notification': 'notification'}
 _TITLES = frozenset('chest radiograph radiographs portable frontal upright view views'.split())
 _LINE = re.compile(r'^[ \t]*(?P<name>[A-Za-z][A-Za-z0-9 ,/&()-]{1,60}?)[ \t]*(?P<end>:|[ \t]-(?=[ \t])|$)', re.MULTILINE)
-_INLINE = re.compile(r'(?<=\S)(?P<gap>[ \t]+)(?P<name>{})[ \t]*:'.format(
+_INLINE = re.compile(r'(?<=\S)[ \t]+(?=[^:\n]{{2,40}}:)(?P<name>{})[ \t]*:'.format(
     '|'.join(re.escape(o).replace(r'\ ', r'[ \t]+') for o in sorted(_NAMES, key=len, reverse=True))), re.IGNORECASE)
 
 
@@ -137,7 +137,7 @@ def usable_text(
     joined = ['\n\n'.join(filter(None, o)) for o in zip(*columns)]
     return np.where(words >= least, np.array(joined, object), '')
 
-# %% ../../nbs/12a_reports.ipynb #1f2fbba2
+# %% ../../nbs/12a_reports.ipynb #b0e7b2b1
 def read_reports(
     paths, # (n,) of the reports, relative to `root`
     root, # folder, or the .zip file that holds them
@@ -156,9 +156,10 @@ def read_reports(
 def _part(paths, root, stem, threads):
     "Read one part: its sections if they are kept, else its reports, else the files."
     raw, done = (stem and stem.with_name(f'{stem.name}.{o}.parquet') for o in ('reports', _parser()))
-    if done and done.exists() and paths.isin((table := read_parquet(done))['path']).all(): return table
+    if done and done.exists() and set(paths) <= set((table := read_parquet(done))['path']): return table
     known = read_parquet(raw) if raw and raw.exists() else pd.DataFrame({'path': [], 'report': []}, dtype=object)
-    absent = paths[~paths.isin(known['path'])].tolist()
+    have = set(known['path'])
+    absent = [o for o in paths if o not in have]
     known = pd.concat([known, pd.DataFrame({'path': absent, 'report': _fetch(absent, root, threads)}, dtype=object)], ignore_index=True)
     table = section_table(known['report'])
     table.insert(0, 'path', known['path'])
