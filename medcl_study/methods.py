@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'GROUPS', 'METHODS', 'FLOORS', 'Method', 'find_method', 'method_loss', 'lower_bound']
 
-# %% ../nbs/38_methods.ipynb #3655743f
+# %% ../nbs/38_methods.ipynb #87964ee8
 import dataclasses
 import difflib
 import math
@@ -15,14 +15,15 @@ from functools import partial
 from .losses.contrast import contrastive, sigmoid
 from .losses.fast import faster
 from .losses.generative import captioning, masked_language
-from .losses.local import LOCAL_PRESETS, local_loss, lovt, lovt_floor, lovt_released, weighted_contrastive
+from .losses.local import LOCAL_PRESETS, local_loss
+from .losses.lovt import lovt, lovt_floor, lovt_released, weighted_contrastive
 from .losses.masked import integrity_contrastive, maco, masked_prediction
 from .losses.tokens import (filip, filip_unpaired, filip_unpaired_floor, gloria, gloria_global, mgca,
                                        mgca_prototypes, sparc)
 from .losses.transport import patch_sentence, patch_sentence_within
 from .losses.unimodal import multi_view, neighbour, shifted_contrast, simclr, simsiam, view_contrast
 
-# %% ../nbs/38_methods.ipynb #203b6240
+# %% ../nbs/38_methods.ipynb #9e4cec07
 LOSSES = {
     'contrastive': contrastive, # losses.contrast
     'sigmoid': sigmoid,
@@ -41,11 +42,11 @@ LOSSES = {
     'gloria_global': gloria_global,
     'mgca': mgca,
     'mgca_prototypes': mgca_prototypes,
-    'weighted_contrastive': weighted_contrastive, # losses.local
+    'weighted_contrastive': weighted_contrastive, # losses.lovt
     'weighted_contrastive_pooled': partial(weighted_contrastive, pooled=True),
     'lovt': lovt,
     'lovt_released': lovt_released,
-    'local_align': partial(local_loss, options=LOCAL_PRESETS['local_align']),
+    'local_align': partial(local_loss, options=LOCAL_PRESETS['local_align']), # losses.local
     'local_uniform': partial(local_loss, options=LOCAL_PRESETS['local_uniform']),
     'patch_sentence': patch_sentence, # losses.transport
     'patch_sentence_within': patch_sentence_within,

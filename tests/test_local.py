@@ -14,8 +14,9 @@ from medcl_study.encoders.heads import Step
 from medcl_study.encoders.local import AttentionPool, CrossAttention, LocalHeads, TrueNorm, pool_sentences
 from medcl_study.losses.contrast import info_nce
 from medcl_study.losses.local import (FORMS, LOCAL_PRESETS, TARGETS, Local, grid_positions, grid_targets, local_contrast,
-                                      local_loss, local_statistics, log_potential, lovt, lovt_released,
-                                      per_sample_uniformity, soft_alignment, soft_targets, weighted_contrastive)
+                                      local_loss, local_statistics, log_potential, per_sample_uniformity, soft_alignment,
+                                      soft_targets)
+from medcl_study.losses.lovt import lovt, lovt_floor, lovt_released, weighted_contrastive
 
 LENGTHS = 3, 1, 0, 2, 3
 PADDED = 'units', 'unit_attended', 'unit_features', 'unit_mask', 'unit_weight'
@@ -343,6 +344,14 @@ def test_released_control():
     with pytest.raises(ValueError, match='padded=True'): lovt_released(e)
     control = with_extras(e, padded_length=torch.full((3,), 3))
     torch.testing.assert_close(lovt_released(control), lovt(e))
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=REPORTS, size=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_lovt_is_never_below_its_floor(lengths, size, seed):
+    "Also where the softmax is as near to the blur as descent brings it."
+    e = batch([o + 1 for o in lengths], p=size ** 2, seed=seed)
+    assert lovt(e) >= lovt_floor(e) - 1e-12
 
 
 def test_options_are_checked():
