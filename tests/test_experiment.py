@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from medcl_study.core import Locked, lock, read_json
-from medcl_study.experiment import STUDIES, Run, finished, make_run, overrides, run, run_id, study_runs, work_folder
-from medcl_study.core import code_hash
+from medcl_study.core import Locked, code_hash, lock, read_json
+from medcl_study.encoders.masked import visible_area
+from medcl_study.experiment import (STUDIES, Run, finished, integrity_check, make_encoder, make_run, overrides, pair_part, pretrain, run,
+                                    run_id, study_runs, work_folder)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(image_tower='vit_tiny_p8', text_tower='bert_tiny', text_init='random', image_init='random', dim=16, max_tokens=48,
@@ -129,3 +131,31 @@ def test_wrong_settings_are_named(given, message):
 def test_id_ignores_what_changes_no_result():
     assert run_id(Run(workers=3)) == run_id(Run())
     assert len({run_id(o) for o in (Run(), Run(seed=1), Run(method='flip'), Run(lr=1e-4))}) == 4
+
+
+@pytest.mark.parametrize('given, remembered', [({}, {'images': True, 'tokens': True}), ({'augmentation': 'crop'}, {'images': False, 'tokens': True}),
+                                               ({'stream': True}, {})])
+def test_only_a_finite_set_of_pairs_is_remembered_and_augmented_images_are_not(given, remembered, tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDCL_WORK', str(tmp_path))
+    monkeypatch.setattr('medcl_study.experiment.train', lambda *args, **more: [])
+    settings, found = make_run(TINY | {'method': 'lock_image'} | given), {}
+    encoder = make_encoder(settings)
+    monkeypatch.setattr(encoder, 'remember', lambda **named: found.update({k: v is not None for k, v in named.items()}))
+    pretrain(settings, encoder, tmp_path)
+    assert found == remembered
+
+
+def test_integrity_is_held_against_the_truth(tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDCL_WORK', str(tmp_path))
+    settings = make_run(TINY | {'method': 'maco', 'test_pairs': 60})
+    encoder = make_encoder(settings).eval()
+    untrained = integrity_check(settings, encoder)
+    assert untrained['value'] == 0 and not untrained['works'] and untrained['sd_within'] == 0
+    masks = pair_part(settings, 'test').corpus.masks(slice(None)).any(1)
+
+    class Truth(torch.nn.Module):
+        def forward(self, step): return {'integrity': visible_area(masks, step.kept, encoder.image.patch_grid).nan_to_num()}
+    encoder.heads['integrity'] = Truth()
+    found = integrity_check(settings, encoder)
+    assert found['value'] == pytest.approx(1) and found['works'] and found['n'] == masks.any((1, 2)).sum()
+    assert integrity_check(make_run(TINY), make_encoder(make_run(TINY))) == {}
