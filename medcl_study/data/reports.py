@@ -36,7 +36,7 @@ def _blocks(report): # yields ('final', 'wet read' or 'addendum', text)
     marks = [(0, 0, 'final'), *((m.start(), m.end(), _KIND[m.lastgroup]) for m in _BLOCK.finditer(report)), (len(report), 0, '')]
     for (_, begin, kind), (end, *_) in pairwise(marks): yield kind, report[begin:end]
 
-# %% ../../nbs/12a_reports.ipynb #4ef2a5d0
+# %% ../../nbs/12a_reports.ipynb #84af4ead
 _EXTRA = {'examination': ('type of examination',), 'indication': ('reason', 'additional history'),
           'comparison': ('reference exam', 'comparison film', 'comparison films', 'previous studies')}
 _NAMES = {theirs: ours for table in (HEADERS, _EXTRA) for ours, names in table.items() for theirs in names
@@ -47,6 +47,7 @@ _WORDS = {'impression': 'impression', 'conclusion': 'impression', 'findings': 'f
           'recommendation': 'recommendation', 'notification': 'notification'}
 _TITLES = frozenset('chest radiograph radiographs portable frontal upright view views'.split())
 _LINE = re.compile(r'^[ \t]*(?P<name>[A-Za-z][A-Za-z0-9 ,/&()-]{1,60}?)[ \t]*(?P<end>:|[ \t]-(?=[ \t])|$)', re.MULTILINE)
+_SENTENCE_ENDS = re.compile(r'(?:\A|[.:;?!_)]|\n[ \t]*(?=\n))\s*\Z') # what comes before a header in small letters
 _INLINE = re.compile(r'(?<=\S)[ \t]+(?=[^:\n]{{2,40}}:)(?P<name>{})[ \t]*:'.format(
     '|'.join(re.escape(o).replace(r'\ ', r'[ \t]+') for o in sorted(_NAMES, key=len, reverse=True))), re.IGNORECASE)
 
@@ -69,7 +70,8 @@ def _marks(block): # [(start, end, our name)]
 def _candidates(block):
     for m in _LINE.finditer(block):
         name, colon = ' '.join(m['name'].split()), m['end'] == ':'
-        ours = _NAMES.get(name.lower()) if colon or name[0].isupper() else None
+        heads = name[0].isupper() or (colon and _SENTENCE_ENDS.search(block[max(0, m.start() - 20):m.start()]))
+        ours = _NAMES.get(name.lower()) if heads else None
         if ours or (colon and name.isupper() and (ours := _capitals(name))): yield m.start(), m.end(), ours
     for m in _INLINE.finditer(block):
         after_stop = m['name'][0].isupper() and block[m.start() - 1] in '.:;?!_)'
