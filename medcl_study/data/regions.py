@@ -100,7 +100,7 @@ def read_mask(path) -> np.ndarray: # bool (h, w)
     except (OSError, SyntaxError) as e: raise DataError(f'not a readable mask ({e})', file=path, remedy='Download it again.') from None
     return values if values.ndim == 2 else values[..., :3 if values.shape[2] > 2 else 1].any(2) # transparency marks nothing
 
-# %% ../../nbs/10a_regions.ipynb #a33eb3fb
+# %% ../../nbs/10a_regions.ipynb #a33f7fe9
 @dataclass(frozen=True)
 class Runs:
     "Run lengths down the columns (gap, length, gap, length, …); raises `DataError` for a text that does not fit the size."
@@ -112,7 +112,13 @@ class Runs:
         for o in self.texts: _runs(o, self.height * self.width)
 
     @property
-    def bounds(self): return bounds(self.raster(self.height, self.width))
+    def bounds(self):
+        starts, ends = np.concatenate([_runs(o, self.height * self.width) for o in self.texts], 1)
+        if not len(starts): return None
+        (x0, y0), (x1, y1) = np.divmod(starts, self.height), np.divmod(ends - 1, self.height)
+        top, bottom = (0, self.height - 1) if (x1 > x0).any() else (y0.min(), y1.max()) # a run into the next column spans all rows
+        box = x0.min() / self.width, top / self.height, (x1.max() + 1) / self.width, (bottom + 1) / self.height
+        return tuple(float(o) for o in box)
 
     def raster(self, height: int, width: int) -> np.ndarray: # bool (height, width)
         "Mark every pixel that one of the texts marks."
