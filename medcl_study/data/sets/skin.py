@@ -21,7 +21,7 @@ from ..phantom import MODALITIES
 from .base import (
     DataSet, Remote, check_files, check_groups, check_labels, mark_twin, read_table, source_of, twin_samples, write_table)
 
-# %% ../../../nbs/17c_skin.ipynb #8d384968
+# %% ../../../nbs/17c_skin.ipynb #8b615524
 _SHARES = {'train': .8, 'test': .2}
 
 
@@ -48,9 +48,8 @@ def _placed(names, folder, places, path):
         with os.scandir(folder/o) as entries: held |= {e.name: f'{o}/{e.name}'.lstrip('/') for e in entries}
     lost = ~names.isin(held.keys())
     if not lost.any(): return names.map(held)
-    raise DataError(f'{names[lost].iloc[0]!r} is in none of {[o or folder.name for o in places]}, nor are {lost.sum() - 1:,} others of '
-                    f'{len(names):,}', file=path, row=int(lost.idxmax()) + 2,
-                    remedy='An archive is not, or half, extracted; extract it again.')
+    raise DataError(f'{names[lost].iloc[0]!r} is in none of {[o or folder.name for o in places]} ({lost.sum():,} of {len(names):,} listed '
+                    'files are missing)', file=path, row=int(lost.idxmax()) + 2, remedy='The archive is half extracted; extract it again.')
 
 # %% ../../../nbs/17c_skin.ipynb #2c812638
 def _cases(n, group_name, classes, by_group):
@@ -127,7 +126,7 @@ def skin_cancer_twin(folder, n: int = 64, seed: int = 0):
     write_table(folder/'HAM10000_metadata.csv', pd.DataFrame(rows))
     mark_twin(folder, 'skin_cancer', n, seed)
 
-# %% ../../../nbs/17c_skin.ipynb #680d9975
+# %% ../../../nbs/17c_skin.ipynb #c5e0446d
 VINDR_MAMMO = ('Mass', 'Suspicious Calcification', 'Asymmetry', 'Focal Asymmetry', 'Global Asymmetry', 'Architectural Distortion',
                'Skin Thickening', 'Skin Retraction', 'Nipple Retraction', 'Suspicious Lymph Node')
 _NOTHING = 'No Finding' # of a row: the image has none of the ten
@@ -144,9 +143,9 @@ def read_vindr_mammo(folder) -> Corpus: # splits 'train' and 'test'; an image wi
     np.logical_or.at(found, image, held)
     rows = table[first]
     _check_images(table, rows.iloc[image], path)
-    images = 'images/' + rows.study_id + '/' + rows.image_id + '.dicom'
+    images = 'images/' + table.study_id + '/' + table.image_id + '.dicom'
     frame = pd.DataFrame({
-        'id': rows.image_id, 'image': images, 'text': '', 'labels': _names_of(found), 'group': rows.study_id,
+        'id': rows.image_id, 'image': images[first], 'text': '', 'labels': _names_of(found), 'group': rows.study_id,
         'split': rows.split.map({'training': 'train', 'test': 'test'}), 'modality': 'mammography'})
     check_groups(frame, path)
     check_files(images.tolist(), folder, path=path)
@@ -235,7 +234,7 @@ def _twin_findings(number, sample):
     return [dict(zip(columns, (str([VINDR_MAMMO[j] for j in part]), 'BI-RADS 4', *box.round(4))))
             for part, box in zip(parts, boxes) if part]
 
-# %% ../../../nbs/17c_skin.ipynb #f5070abf
+# %% ../../../nbs/17c_skin.ipynb #43cdd60d
 SKIN = {o.name: o for o in (
     DataSet(
         'pad_ufes_20', 'PAD-UFES-20', 'multiclass', read_pad_ufes_20, pad_ufes_20_twin, 'clinical photograph', 'dermoscopy',
@@ -266,5 +265,6 @@ SKIN = {o.name: o for o in (
         steps='Register at PhysioNet, sign the data use agreement of the set, and place finding_annotations.csv and images/ in '
               'vindr_mammo/.',
         note='One row per image. The released study scored the 4,062 rows of the test split as ten exclusive classes, with "No Finding" '
-             'as the first of them: its numbers are not comparable. 18,232 of all 20,486 rows say "No Finding". Patients are not numbered.'),
+             'as the first of them: its numbers are not comparable. 18,232 of all 20,486 rows say "No Finding". Patients are not '
+             'numbered.'),
 )}
