@@ -227,7 +227,7 @@ class PackedCache:
         rows = np.arange(len(self))[np.asarray(rows)]
         return PackedCache(self.folder, self.slots[rows], rows=self.rows[rows], report=self.report)
 
-# %% ../../nbs/13_images.ipynb #0e724775
+# %% ../../nbs/13_images.ipynb #782cf579
 def _digests(paths, folder, pool):
     "Hash the contents of files; hashes are remembered in `folder` by path, size and time of change."
     state, memory = {}, Path(folder) / 'digests.parquet'
@@ -245,6 +245,7 @@ def _digests(paths, folder, pool):
 
 def _sources(corpus, folder, pool):
     "Return (an identity per row, function from rows to an iterable of arrays or paths)."
+    if hasattr(corpus, 'members'): return _joined_sources(corpus, folder, pool)
     rendered = hasattr(corpus, 'images')
     if rendered or isinstance(corpus[0].image, np.ndarray):
         identities = [f'{identity}:{i}' for identity in [corpus.hash()] for i in range(len(corpus))]
@@ -252,6 +253,23 @@ def _sources(corpus, folder, pool):
     root = getattr(corpus, 'root', None) # a table of files is read as a whole: building a sample also splits its text
     paths = [root / o for o in corpus.frame.image] if root else [Path(o.image) for o in corpus]
     return _digests(paths, folder, pool), lambda rows: [paths[i] for i in rows]
+
+
+def _joined_sources(corpus, folder, pool):
+    "Ask each member of a corpus of several where the images of its rows come from; members without rows are not asked."
+    place, identities, asked = corpus.where.copy(), np.empty(len(corpus), object), {}
+    for m in np.unique(place[:, 0]):
+        mine = place[:, 0] == m
+        used, place[mine, 1] = np.unique(place[mine, 1], return_inverse=True)
+        known, asked[m] = _sources(corpus.members[m].select(used), folder, pool)
+        identities[mine] = np.array(known, object)[place[mine, 1]]
+    def fetch(rows):
+        found = [None] * len(rows)
+        for m in np.unique(place[rows, 0]):
+            at = np.flatnonzero(place[rows, 0] == m)
+            for i, image in zip(at, asked[m](place[rows[at], 1])): found[i] = image
+        return found
+    return identities.tolist(), fetch
 
 # %% ../../nbs/13_images.ipynb #6a79f07f
 @contextlib.contextmanager
