@@ -23,9 +23,11 @@ SMALL = {'captioner': {'width': 16, 'queries': 4}, 'view_projection': {'hidden':
 def tokenizer(): return Tokenizer.train(REPORTS, vocab_size=120)
 
 
-def tokenized(texts):
+def tokenized(texts): return text_part(tokenizer()(texts))
+
+
+def text_part(tokens):
     "Make the text part of a batch."
-    tokens = tokenizer()(texts)
     return {'tokens': torch.from_numpy(tokens.ids), 'token_mask': torch.from_numpy(tokens.mask),
             'sentence_index': torch.from_numpy(tokens.sentences)}
 
@@ -51,6 +53,17 @@ def encoder(method, *, size=32, seed=0):
     groups = {'lock_image': model.image.groups(), 'lock_text': model.text.groups()[1:]}
     locks = {k: None if (v := getattr(row, k)) is None else min(v, len(groups[k])) for k in groups}
     return model.freeze(**locks).ask(**row.wishes)
+
+
+def small_setting(texts, *, views=1, max_tokens=24):
+    "Return an encoder without heads, a batch of as many noise images in one channel, and the ids that the texts use."
+    torch.manual_seed(0)
+    tok = Tokenizer.train(texts, vocab_size=200)
+    model = DualEncoder(EncoderConfig('vit_tiny_p8', 'bert_tiny', image_size=32, channels=1, dim=16, max_tokens=max_tokens,
+                                      vocab_size=tok.vocab_size), tokenizer=tok)
+    images = torch.randint(256, (len(texts), views, 1, 32, 32), dtype=torch.uint8)
+    data = {'images': images, **text_part(tok(texts, max_tokens=max_tokens))}
+    return model, data, data['tokens'][data['token_mask']].unique().tolist()
 
 
 @contextlib.contextmanager

@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcl_study.data.text import Tokenizer
+import rows
 from medcl_study.embeddings import Embeddings
 from medcl_study.encoders.captioner import AttentionalPooler, Captioner, WordPrediction, generate
-from medcl_study.encoders.dual import DualEncoder, EncoderConfig
 from medcl_study.losses.contrast import contrastive
 from medcl_study.losses.generative import captioning, masked_language, token_nll
 from medcl_study.trainer import Autocast, MicroBatches
@@ -117,16 +116,9 @@ def test_half_precision_stays_close():
 @pytest.fixture(scope='module')
 def setting():
     "A small encoder with a captioner, and eight pairs."
-    torch.manual_seed(0)
     texts = [f'{a} nodule in the {b} {c} lobe.' for a in ('small', 'large') for b in ('left', 'right')
              for c in ('upper', 'lower')]
-    tokenizer = Tokenizer.train(texts, vocab_size=200)
-    found = tokenizer(texts, max_tokens=16)
-    batch = {'images': torch.randint(256, (8, 1, 1, 32, 32), dtype=torch.uint8), 'tokens': torch.from_numpy(found.ids),
-             'token_mask': torch.from_numpy(found.mask), 'sentence_index': torch.from_numpy(found.sentences)}
-    encoder = DualEncoder(EncoderConfig('vit_tiny_p8', 'bert_tiny', image_size=32, channels=1, dim=16, max_tokens=16,
-                                        vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
-    vocabulary = batch['tokens'][batch['token_mask']].unique().tolist()
+    encoder, batch, vocabulary = rows.small_setting(texts, max_tokens=16)
     encoder.heads['captioner'] = Captioner(encoder, vocabulary, width=32)
     return encoder.ask(), batch, vocabulary
 

@@ -20,14 +20,7 @@ from medcl_study.losses.contrast import contrastive
 from medcl_study.trainer import Autocast, MicroBatches, TrainConfig, decay_groups, micro_batches, train, warmup_cosine
 from toy import CONFIG, Encoder, gradients, killed_run, loaders, pairs, weights_hash
 
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Sums are split differently between two threads, so bits are compared with one."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread') # sums are split differently between two threads; bits are compared here
 
 
 def vector(grads): return torch.cat([g.flatten() for g in grads.values()])

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medcl_study.data.text import Tokenizer
+import rows
 from medcl_study.embeddings import Embeddings
-from medcl_study.encoders.dual import DualEncoder, EncoderConfig
 from medcl_study.encoders.views import Declip, TextQueue, ViewProjection, delete_words, mask_words
 from medcl_study.losses import contrast, unimodal
 from medcl_study.losses.contrast import contrastive
@@ -222,17 +221,8 @@ def test_what_is_missing_is_named(term):
 @pytest.fixture(scope='module')
 def setting():
     "A small encoder, and eight pairs with three views."
-    torch.manual_seed(0)
-    texts = [f'small nodule in the {a} {b} lobe. no {c}.' for a in ('left', 'right') for b in ('upper', 'lower')
-             for c in ('effusion', 'cardiomegaly')]
-    tokenizer = Tokenizer.train(texts, vocab_size=200)
-    found = tokenizer(texts, max_tokens=24)
-    batch = {'images': torch.randint(256, (8, 3, 1, 32, 32), dtype=torch.uint8), 'tokens': torch.from_numpy(found.ids),
-             'token_mask': torch.from_numpy(found.mask), 'sentence_index': torch.from_numpy(found.sentences)}
-    encoder = DualEncoder(EncoderConfig('vit_tiny_p8', 'bert_tiny', image_size=32, channels=1, dim=16, max_tokens=24,
-                                        vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
-    vocabulary = batch['tokens'][batch['token_mask']].unique().tolist()
-    return encoder, batch, vocabulary
+    return rows.small_setting([f'small nodule in the {a} {b} lobe. no {c}.' for a in ('left', 'right')
+                               for b in ('upper', 'lower') for c in ('effusion', 'cardiomegaly')], views=3)
 
 
 @pytest.fixture
