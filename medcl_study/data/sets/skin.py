@@ -21,7 +21,7 @@ from ..phantom import MODALITIES
 from .base import (
     DataSet, Remote, check_files, check_groups, check_labels, mark_twin, read_table, source_of, twin_samples, write_table)
 
-# %% ../../../nbs/17c_skin.ipynb #8b615524
+# %% ../../../nbs/17c_skin.ipynb #c6228bdf
 _SHARES = {'train': .8, 'test': .2}
 
 
@@ -46,8 +46,8 @@ def _placed(names, folder, places, path):
     held = {}
     for o in filter(lambda o: (folder/o).is_dir(), places):
         with os.scandir(folder/o) as entries: held |= {e.name: f'{o}/{e.name}'.lstrip('/') for e in entries}
-    lost = ~names.isin(held.keys())
-    if not lost.any(): return names.map(held)
+    images = names.map(held)
+    if not (lost := images.isna()).any(): return images
     raise DataError(f'{names[lost].iloc[0]!r} is in none of {[o or folder.name for o in places]} ({lost.sum():,} of {len(names):,} listed '
                     'files are missing)', file=path, row=int(lost.idxmax()) + 2, remedy='The archive is half extracted; extract it again.')
 
