@@ -100,7 +100,7 @@ def read_mask(path) -> np.ndarray: # bool (h, w)
     except (OSError, SyntaxError) as e: raise DataError(f'not a readable mask ({e})', file=path, remedy='Download it again.') from None
     return values if values.ndim == 2 else values[..., :3 if values.shape[2] > 2 else 1].any(2) # transparency marks nothing
 
-# %% ../../nbs/10a_regions.ipynb #a33f7fe9
+# %% ../../nbs/10a_regions.ipynb #4e48a0c5
 @dataclass(frozen=True)
 class Runs:
     "Run lengths down the columns (gap, length, gap, length, …); raises `DataError` for a text that does not fit the size."
@@ -135,7 +135,7 @@ def _runs(text, size):
     try: gaps, lengths = np.array(text.split(), np.int64).reshape(-1, 2).T
     except (ValueError, OverflowError): raise DataError(f'run lengths {_short(text)} are not pairs of whole numbers') from None
     if not len(gaps) or gaps.min() < 0 or lengths.min() < 1: raise DataError(f'run lengths {_short(text)} hold an empty run or step back')
-    ends = np.cumsum(np.minimum(gaps, size) + np.minimum(lengths, size)) # no text can overflow
+    ends = np.cumsum(np.minimum(gaps, size + 1) + np.minimum(lengths, size + 1)) # no text can overflow
     if ends[-1] > size: raise DataError(f'run lengths {_short(text)} end at pixel {ends[-1]:,} or later, but the image has {size:,}')
     return ends - lengths, ends
 

@@ -77,9 +77,12 @@ def _boxes(
     _refuse((low >= high).any(1), lambda i: f'{box(i)} is empty', **where)
     return list(map(tuple, np.concatenate([low / limit, high / limit], 1).tolist()))
 
-# %% ../../../nbs/17f_localized.ipynb #db3a8a28
+# %% ../../../nbs/17f_localized.ipynb #2d3029a0
 _SHARES = {'train': .6, 'valid': .2, 'test': .2}
 _EDGE = 1024 # pixels along a side of the images of RSNA, SIIM and NIH
+
+
+def _table(path, columns): return read_table(path, columns).astype(object) # of plain strings, which are faster one by one
 
 
 def _gather(keys, values):
@@ -154,7 +157,7 @@ def _write_dicom(path, pixels, *, uids, **tags):
 
 def _dicom_uid(kind, number): return f'1.2.276.0.7230010.3.1.{kind}.8323329.{number}.1517875160.{100_000 + number}'
 
-# %% ../../../nbs/17f_localized.ipynb #7e54798a
+# %% ../../../nbs/17f_localized.ipynb #0dcf1102
 _RSNA_BOX = ('x', 'y', 'width', 'height')
 _RSNA_DETAIL = ('Normal', 'No Lung Opacity / Not Normal', 'Lung Opacity')
 _RSNA_PATIENTS = Remote('https://s3.amazonaws.com/east1.public.rsna.org/AI/2018/pneumonia-challenge-dataset-mappings_2018.json')
@@ -166,7 +169,7 @@ def read_rsna_pneumonia(
     "Read the stage-2 training set of RSNA's pneumonia challenge, split by NIH patient; raises `DataError`."
     folder = Path(folder)
     path = folder/'stage_2_train_labels.csv'
-    table = read_table(path, ('patientId', *_RSNA_BOX, 'Target'))
+    table = _table(path, ('patientId', *_RSNA_BOX, 'Target'))
     check_labels(table.Target, ('0', '1'), path=path, column='Target')
     given = (table[list(_RSNA_BOX)] != '').any(axis=1)
     _refuse((table.Target == '1') != given, lambda i: f'Target is {table.Target[i]}, but {"a" if given[i] else "no"} box is '
@@ -196,7 +199,7 @@ def _rsna_patients(folder, images):
 def _rsna_detail(folder, images, regions):
     "Look up the three-way class of each image, which must agree with its boxes."
     path = folder/'stage_2_detailed_class_info.csv'
-    table = read_table(path, ('patientId', 'class'))
+    table = _table(path, ('patientId', 'class'))
     check_labels(table['class'], _RSNA_DETAIL, path=path, column='class')
     detail = _look_up(images, dict(zip(table.patientId, table['class'])), 'has no class', path=path, rows=images)
     _refuse((detail == 'Lung Opacity') != images.isin(list(regions)).to_numpy(), lambda i: f'image {images.iloc[i]!r} has class '
@@ -223,14 +226,14 @@ def rsna_pneumonia_twin(folder, n: int = 64, seed: int = 0):
                [{'subset_img_id': o, 'img_id': film} for o, film in zip(ids, films)])
     mark_twin(folder, 'rsna_pneumonia', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #2f460dec
+# %% ../../../nbs/17f_localized.ipynb #02f07fcd
 def read_siim_pneumothorax(
     folder, # holds train-rle.csv and dicom-images-train/<study>/<series>/<image>.dcm
 ) -> Corpus: # class 'pneumothorax'; who is the patient of an image is not known
     "Read the training set of SIIM-ACR's segmentation challenge; raises `DataError`."
     folder = Path(folder)
     path = folder/'train-rle.csv'
-    table = read_table(path, ('ImageId',)).rename(columns=str.strip)
+    table = _table(path, ('ImageId',)).rename(columns=str.strip)
     if 'EncodedPixels' not in table: read_table(path, (' EncodedPixels',)) # says which column may be meant
     runs, images = table.EncodedPixels.str.strip(), table.ImageId.drop_duplicates()
     where = {o.removesuffix('.dcm'): path for o, path in _walk(folder/'dicom-images-train', '.dcm').items()}
@@ -268,7 +271,7 @@ def siim_pneumothorax_twin(folder, n: int = 64, seed: int = 0):
     write_table(folder/'train-rle.csv', pd.DataFrame(rows, columns=['ImageId', ' EncodedPixels']))
     mark_twin(folder, 'siim_pneumothorax', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #7551f331
+# %% ../../../nbs/17f_localized.ipynb #5f0d2aa6
 _NIH_BOX = ('Bbox [x', 'y', 'w', 'h]')
 _NIH = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltrate', 'Mass', 'Nodule', 'Pneumonia', 'Pneumothorax')
 _CLEAN = 100 # images without findings
@@ -280,7 +283,7 @@ def read_nih_boxes(
     "Read the boxed images of ChestX-ray14, and a hundred without findings, split by patient; raises `DataError`."
     folder = Path(folder)
     path, (entries, entry) = folder/'BBox_List_2017.csv', _nih_entry(folder)
-    table = read_table(path, ('Image Index', 'Finding Label', *_NIH_BOX))
+    table = _table(path, ('Image Index', 'Finding Label', *_NIH_BOX))
     check_labels(table['Finding Label'], _NIH, path=path, column='Finding Label')
     labels = table['Finding Label'].str.lower()
     boxes = _boxes(table, _NIH_BOX, (_EDGE, _EDGE), path=path)
@@ -297,7 +300,7 @@ def _nih_entry(folder):
     "Read which image is whose: path of the table, and the table by image."
     found = sorted(need_folder(folder).glob('Data_Entry_2017*.csv'))
     path = found[-1] if found else folder/'Data_Entry_2017.csv'
-    return path, read_table(path, ('Image Index', 'Finding Labels', 'Patient ID')).set_index('Image Index')
+    return path, _table(path, ('Image Index', 'Finding Labels', 'Patient ID')).set_index('Image Index')
 
 
 def _nih_clean(folder, entry, boxed):
@@ -342,7 +345,7 @@ def nih_boxes_twin(folder, n: int = 64, seed: int = 0):
     (folder/'test_list.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
     mark_twin(folder, 'nih_boxes', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #970fd715
+# %% ../../../nbs/17f_localized.ipynb #060af6aa
 def read_object_cxr(
     folder, # holds train.csv, train/*.jpg, dev.csv, dev/*.jpg
 ) -> Corpus: # class 'foreign object'; rectangles have a box alone, ellipses and polygons a mask too
@@ -360,7 +363,7 @@ def read_object_cxr(
 def _objects(folder, part):
     "Read one table: names of the images, {name: regions}."
     path = folder/f'{part}.csv'
-    table = read_table(path, ('image_name', 'annotation'))
+    table = _table(path, ('image_name', 'annotation'))
     check_files(table.image_name, folder/part, path=path)
     found = {}
     for row, name, text in zip(table.index + 2, table.image_name, table.annotation):
@@ -484,7 +487,7 @@ def covid_rural_twin(folder, n: int = 64, seed: int = 0):
         Image.fromarray(_place(mask.astype(np.uint8), *canvas)).save(home/'pngs_masks'/f'{name}.png')
     mark_twin(folder, 'covid_rural', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #4af88ea9
+# %% ../../../nbs/17f_localized.ipynb #9227191b
 _MS_CXR = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Lung Opacity', 'Pleural Effusion', 'Pneumonia',
            'Pneumothorax')
 _MS_COLUMNS = ('dicom_id', 'category_name', 'label_text', 'path', 'x', 'y', 'w', 'h', 'image_width', 'image_height', 'split')
@@ -498,7 +501,7 @@ def read_ms_cxr(
     folder = Path(folder)
     found = sorted(need_folder(folder).glob('MS_CXR_Local_Alignment_v*.csv'))
     path = found[-1] if found else folder/'MS_CXR_Local_Alignment_v1.1.0.csv'
-    table = read_table(path, _MS_COLUMNS)
+    table = _table(path, _MS_COLUMNS)
     patient, phrase, where = table.path.map(_MS_PATH.fullmatch), table.label_text.map(_phrase), {'path': path, 'rows': table.index + 2}
     check_labels(table.category_name, _MS_CXR, path=path, column='category_name')
     check_labels(table.split, ('train', 'val', 'test'), path=path, column='split')
