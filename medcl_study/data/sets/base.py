@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,7 +92,7 @@ def source_of(folder) -> str: # 'twin' or 'real'
     "Tell what a folder below MEDCL_DATA holds."
     return 'twin' if (Path(folder)/'TWIN').exists() else 'real'
 
-# %% ../../../nbs/17_base.ipynb #0bc3707f
+# %% ../../../nbs/17_base.ipynb #f70277da
 def _read_xlsx(path): return pd.read_excel(path, dtype=object)
 def _read_csv(path, **kw): return pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', **kw)
 def _read_jsonl(path): return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
@@ -104,14 +105,15 @@ def read_table(
     path, # .csv (cells stay text, '' where empty), .xlsx, .jsonl or .parquet
     columns, # names that must be there; others are kept
     *,
-    header: bool = True, # False: a .csv without a line of names, whose columns are these in this order
+    header: bool = True, # False: a .csv without a line of names, whose first columns are these
 ) -> pd.DataFrame:
     "Read a table; raises `DataError` for a file that is missing or no table, and for a column that is missing."
     path = need_file(path)
-    options = {} if header else {'header': None, 'names': list(columns), 'index_col': False}
+    options = {} if header else {'header': None}
     try: frame = _TABLES[path.with_suffix('').suffix if path.suffix == '.gz' else path.suffix](path, **options)
-    except (ValueError, OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as e:
+    except (ValueError, OSError, EOFError, KeyError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(f'not a readable table ({type(e).__name__}: {str(e).strip()})', file=path, remedy='Download it again.') from None
+    if not header: frame = frame.rename(columns=dict(zip(frame, columns)))
     if missing := [o for o in columns if o not in frame]: raise _missing(missing, list(frame), path)
     return frame
 
@@ -129,7 +131,8 @@ def need_file(path) -> Path:
     "Return the path of a file that must be there; raises `DataError`."
     path = Path(path)
     if path.is_file() and path.stat().st_size: return path
-    raise DataError('no such file' if not path.exists() else 'not a file' if path.is_dir() else 'zero bytes', file=path, remedy=_remedy(path))
+    what = 'no such file' if not path.exists() else 'not a file' if path.is_dir() else 'zero bytes'
+    raise DataError(what, file=path, remedy=_remedy(path))
 
 
 def need_folder(path) -> Path:
@@ -146,7 +149,7 @@ def _remedy(path):
             return f'Extract {", ".join(packed[:3])} in {folder.name}/ first.'
     return 'Complete the download; `medcl_data status` says where each file belongs.'
 
-# %% ../../../nbs/17_base.ipynb #86db9b17
+# %% ../../../nbs/17_base.ipynb #53b580c0
 def list_files(
     folder,
     suffix, # such as '.tif', or a tuple of such; case does not matter
@@ -165,14 +168,15 @@ def check_files(
     first_row: int = 2, # number of the first name's row, as an editor shows it
 ):
     "Raise `DataError` naming the first listed file that the folder does not hold, or that would lie outside it."
-    held = set()
+    held, folder = set(), need_folder(folder)
     for inner in dict.fromkeys(o.rpartition('/')[0] for o in names):
         if inner.startswith('/') or '..' in inner.split('/') or '\\' in inner:
-            raise DataError(f'files in {inner!r}, which is not inside {Path(folder).name}/', file=path, remedy='Download it again.')
-        with os.scandir(need_folder(Path(folder)/inner)) as entries: held.update(f'{inner}/{o.name}'.lstrip('/') for o in entries)
+            raise DataError(f'files in {inner!r}, which is not inside {folder.name}/', file=path, remedy='Download it again.')
+        if (folder/inner).is_dir():
+            with os.scandir(folder/inner) as entries: held.update(f'{inner}/{o.name}'.lstrip('/') for o in entries)
     missing = [i for i, o in enumerate(names) if o not in held]
     if not missing: return
-    raise DataError(f'{names[missing[0]]!r} is not in {Path(folder).name}/, nor are {len(missing) - 1} others of {len(names)}',
+    raise DataError(f'{names[missing[0]]!r} is not in {folder.name}/ ({len(missing)} of {len(names)} listed files are missing)',
                     file=path, row=first_row + missing[0], remedy='The archive is half extracted; extract it again.')
 
 # %% ../../../nbs/17_base.ipynb #94013fc4

@@ -59,7 +59,7 @@ def _phantoms(name, codes, seed, size=64):
 def _write_image(path, pixels):
     with atomic(path) as tmp: Image.fromarray(pixels).save(tmp, format={'.tif': 'TIFF'}.get(path.suffix, 'JPEG'), quality=95)
 
-# %% ../../../nbs/17a_histology.ipynb #f18725e2
+# %% ../../../nbs/17a_histology.ipynb #f0ac8721
 BACH = { # folder → class
     'Benign': 'breast non-malignant benign tissue', 'InSitu': 'breast malignant in-situ carcinoma',
     'Invasive': 'breast malignant invasive carcinoma', 'Normal': 'breast normal breast tissue'}
@@ -87,8 +87,9 @@ def read_bach(folder) -> Corpus: # splits 'train' and 'test'
 
 def bach_twin(folder, n: int = 64, seed: int = 0):
     "Write BACH's layout with n of its names; raises `ValueError` for more than the held-out names allow."
-    root, codes, rounds, splits = Path(folder)/'ICIAR2018_BACH_Challenge'/'Photos', *_deal(n, 4, ('train', 'train', 'train', 'test'))
-    free = {(p, s): [k for k, v in _BACH_SPLIT.items() if v == s and k.rstrip('0123456789') == p] for p in BACH_TEST for s in ('train', 'test')}
+    root, (codes, _, splits) = Path(folder)/'ICIAR2018_BACH_Challenge'/'Photos', _deal(n, 4, ('train', 'test', 'train', 'train'))
+    free = {}
+    for name, split in _BACH_SPLIT.items(): free.setdefault((name.rstrip('0123456789'), split), []).append(name)
     rows = []
     for code, split, pixels in zip(codes, splits, _phantoms('bach', codes, seed)):
         names = free[list(BACH_TEST)[code], split]
@@ -98,7 +99,7 @@ def bach_twin(folder, n: int = 64, seed: int = 0):
     write_table(root/'microscopy_ground_truth.csv', pd.DataFrame(rows), header=False)
     mark_twin(folder, 'bach', n, seed)
 
-# %% ../../../nbs/17a_histology.ipynb #3a708093
+# %% ../../../nbs/17a_histology.ipynb #de016c17
 NCT_CRC = { # folder → class; BACK, the background, is left out
     'ADI': 'adipose', 'DEB': 'debris', 'LYM': 'lymphocytes', 'MUC': 'mucus', 'MUS': 'smooth muscle', 'NORM': 'normal colon mucosa',
     'STR': 'cancer-associated stroma', 'TUM': 'colorectal adenocarcinoma epithelium'}
@@ -120,7 +121,7 @@ def read_nck(folder) -> Corpus: # splits 'train' and 'test'
 
 def nck_twin(folder, n: int = 64, seed: int = 0):
     "Write both archives of NCT-CRC: n tiles of tissue, and one of background in each."
-    codes, rounds, splits = _deal(n, len(NCT_CRC), ('train', 'train', 'train', 'test'))
+    codes, _, splits = _deal(n, len(NCT_CRC), ('train', 'test', 'train', 'train'))
     tissues = [*(list(NCT_CRC)[o] for o in codes), 'BACK', 'BACK']
     tiles = [*_phantoms('nck', codes, seed), *np.full((2, 64, 64, 3), 243, np.uint8)]
     random = generator('nck twin', seed)
@@ -180,7 +181,7 @@ def _sibling(pixels, random):
     image = image.resize((side, side), Image.Resampling.BICUBIC, box=(margin, margin, side - margin, side - margin))
     return np.asarray(image)[::random.choice([1, -1]), ::random.choice([1, -1])].copy()
 
-# %% ../../../nbs/17a_histology.ipynb #d0f2e004
+# %% ../../../nbs/17a_histology.ipynb #925d511d
 LC25000 = { # organ → folder → class
     'colon': {'colon_n': 'benign colonic tissue', 'colon_aca': 'colon adenocarcinoma'},
     'lung': {'lung_n': 'benign lung', 'lung_aca': 'lung adenocarcinoma', 'lung_scc': 'lung squamous cell carcinoma'}}
@@ -215,8 +216,8 @@ def group_tiles(
     raise DataError('no colon_image_sets and no lung_image_sets', file=folder, remedy='Extract LC25000.zip here first.')
 
 
-def _tile_splits(names, images, path):
-    "Look up each image's tile and assign four fifths of the tiles to train, the others to test."
+def _linked(names, images, path):
+    "Link each image to another of its tile, as one list has it: (n,) numbers of images."
     table = read_table(path, ['cluster_label', 'img_path'])
     listed = table.img_path.str.rpartition('/')[2]
     check_files(listed.tolist(), images, path=path)
@@ -225,7 +226,15 @@ def _tile_splits(names, images, path):
     tile = pd.Series(table.cluster_label.to_numpy(), index=listed).reindex(names)
     if tile.isna().any(): raise DataError(f'{tile.index[tile.isna()][0]!r} of {images.name}/ is not listed', file=path,
                                           remedy='Delete the list, or make it again with `group_tiles`.')
-    group = (images.name + ' ' + tile).to_numpy()
+    return pd.Series(np.arange(len(names))).groupby(tile.to_numpy()).transform('first').to_numpy()
+
+
+def _tile_splits(names, images, lists):
+    "Put together what any list puts together, and assign four fifths of the tiles to train, the others to test."
+    n = len(names)
+    i, j = np.tile(np.arange(n), len(lists)), np.concatenate([_linked(names, images, o) for o in lists])
+    tile = connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1]
+    group = np.array([f'{images.name} {o}' for o in tile], dtype=object)
     return group, split_groups(group, fractions={'train': .8, 'test': .2}, seed=0)
 
 
@@ -236,13 +245,13 @@ def read_lc25000(
     "Read one organ of LC25000; raises `DataError`."
     frames, classes = [], LC25000[organ]
     lists = {tissue: [o for o in (Path(folder)/p.format(tissue) for p in _CLUSTERS) if o.exists()] for tissue in classes}
-    if any(lists.values()) and not all(lists.values()): raise DataError(
-        f'tiles are grouped for {[k for k, v in lists.items() if v]} and not for {[k for k, v in lists.items() if not v]}', file=folder,
-        remedy='Group all with `group_tiles`, or complete LC25000-clean.')
+    without = [o for o in classes if not lists[o]]
+    if 0 < len(without) < len(classes): raise DataError(f'the tiles of {", ".join(without)} are not grouped, those of other classes are',
+                                                        file=folder, remedy='Run `group_tiles`, or complete LC25000-clean.')
     for code, tissue in enumerate(classes):
         images = _class_folder(folder, organ, tissue)
         names = list_files(images, _JPEG)
-        group, split = _tile_splits(names, images, lists[tissue][0]) if lists[tissue] else ('', 'test')
+        group, split = _tile_splits(names, images, lists[tissue]) if lists[tissue] else ('', 'test')
         inner = images.relative_to(folder).as_posix()
         frames.append(_frame([o.rpartition('.')[0] for o in names], [f'{inner}/{o}' for o in names], np.full(len(names), code),
                              classes.values(), split=split, group=group))
@@ -250,7 +259,8 @@ def read_lc25000(
 
 
 def lc25000_twin(folder, n: int = 64, seed: int = 0):
-    "Write LC25000 with n images of each organ, two or three per tile, and LC25000-clean's lists of tiles."
+    "Write LC25000 with n images of each organ, two per tile, and LC25000-clean's lists; raises `ValueError` for too few to split."
+    if n < 24: raise ValueError(f'{n} images show too few tiles for two splits; expected at least 24')
     for organ, classes in LC25000.items():
         codes = np.arange(n) % len(classes)
         for code, tissue in enumerate(classes):
@@ -265,7 +275,7 @@ def lc25000_twin(folder, n: int = 64, seed: int = 0):
                 {'cluster_label': tiles, 'img_path': [f'./LC25000/{tissue}/{o}' for o in names]}))
     mark_twin(folder, 'lc25000', n, seed)
 
-# %% ../../../nbs/17a_histology.ipynb #c1c88268
+# %% ../../../nbs/17a_histology.ipynb #f8211dc2
 PCAM = ('lymph node', 'lymph node containing metastatic tumor tissue')
 _PCAM_FILE = 'camelyonpatch_level_2_split_{}_{}' # split and 'x.h5', 'y.h5' or 'meta.csv'
 
@@ -293,7 +303,7 @@ def read_pcam(folder) -> Corpus: # splits 'train', 'valid' and 'test'
 def pcam_twin(folder, n: int = 64, seed: int = 0):
     "Write PCam's nine files with n patches, two to a slide."
     import h5py
-    codes, rounds, splits = _deal(n, 2, ('train', 'train', 'valid', 'test'))
+    codes, rounds, splits = _deal(n, 2, ('train', 'valid', 'test', 'train'))
     pixels = np.stack(_phantoms('pcam', codes, seed, size=96))
     for split in ('train', 'valid', 'test'):
         rows, random = splits == split, generator('pcam twin', split, seed)
@@ -306,7 +316,7 @@ def pcam_twin(folder, n: int = 64, seed: int = 0):
             'wsi': [f'{begin}_{o + 1:03d}' for o in rounds[rows]]}), index=True, index_label='')
     mark_twin(folder, 'pcam', n, seed)
 
-# %% ../../../nbs/17a_histology.ipynb #a03c8751
+# %% ../../../nbs/17a_histology.ipynb #b686dd96
 SICAP = { # column → class
     'NC': 'benign glands', 'G3': 'atrophic dense glands', 'G4': 'cribriform ill-formed fused papillary patterns',
     'G5': 'isolated nest cells without lumen roseting patterns'}
@@ -342,8 +352,8 @@ def read_sicap(folder) -> Corpus: # splits 'train' and 'test'
 
 def sicap_twin(folder, n: int = 64, seed: int = 0):
     "Write SICAPv2's images, partition and table of slides with n patches, four to a slide and to a patient."
-    root, codes, rounds, splits = Path(folder)/'SICAPv2', *_deal(n, 4, ('train', 'train', 'train', 'test'))
-    names = [f'16B{o:07d}_Block_Region_1_0_{i} _xini_{6803 + 1024 * i}_yini_59786.jpg'.replace(' ', '') for i, o in enumerate(rounds)]
+    root, (codes, rounds, splits) = Path(folder)/'SICAPv2', _deal(n, 4, ('train', 'test', 'train', 'train'))
+    names = [f'16B{o:07d}_Block_Region_1_0_{i}_xini_{6803 + 1024 * i}_yini_59786.jpg' for i, o in enumerate(rounds)]
     for name, pixels in zip(names, _phantoms('sicap', codes, seed)): _write_image(root/'images'/name, pixels)
     table = pd.DataFrame({'image_name': names} | {o: (codes == i).astype(int) for i, o in enumerate(SICAP)} | {'G4C': 0})
     for split in ('train', 'test'): write_table(root/'partition'/'Test'/f'{split.title()}.xlsx', table[splits == split])
@@ -352,7 +362,7 @@ def sicap_twin(folder, n: int = 64, seed: int = 0):
                                                       'Gleason_primary': 3, 'Gleason_secondary': 4}))
     mark_twin(folder, 'sicap', n, seed)
 
-# %% ../../../nbs/17a_histology.ipynb #9bae06b6
+# %% ../../../nbs/17a_histology.ipynb #c113cee8
 _ZENODO = 'https://zenodo.org/records/{}/files/{}'
 _LC25000 = { # what both organs share
     'write_twin': lc25000_twin, 'modality': 'histology', 'stands_in': 'histology', 'folder': 'lc25000', 'family': 'lc25000',
@@ -374,10 +384,12 @@ HISTOLOGY = {o.name: o for o in (
         split='the list of kaiko-ai/eva, made to keep known patients apart',
         files=(Remote(_ZENODO.format(3632035, 'ICIAR2018_BACH_Challenge.zip'), md5='8ae1801334aa943c44627c1eef3631b2', unpack=True),),
         steps='Extract ICIAR2018_BACH_Challenge.zip into bach/; WSI/ is not used.',
-        note='132 test images: one image moves accuracy by 0.8 points. The challenge names the patients of some images only, and none is in '
-             'the rows, so intervals and the validation part of a probe treat images as independent.'),
-    DataSet('lc25000_colon', 'LC25000, colon', 'binary', partial(read_lc25000, organ='colon'), classes=tuple(LC25000['colon'].values()), **_LC25000),
-    DataSet('lc25000_lung', 'LC25000, lung', 'multiclass', partial(read_lc25000, organ='lung'), classes=tuple(LC25000['lung'].values()), **_LC25000),
+        note='132 test images: one image moves accuracy by 0.8 points. The challenge names the patients of some images only, and none '
+             'is in the rows, so intervals and the validation part of a probe treat images as independent.'),
+    DataSet('lc25000_colon', 'LC25000, colon', 'binary', partial(read_lc25000, organ='colon'), **_LC25000,
+            classes=tuple(LC25000['colon'].values())),
+    DataSet('lc25000_lung', 'LC25000, lung', 'multiclass', partial(read_lc25000, organ='lung'), **_LC25000,
+            classes=tuple(LC25000['lung'].values())),
     DataSet(
         'nck', 'NCT-CRC-HE-100K and CRC-VAL-HE-7K', 'multiclass', read_nck, nck_twin, **_HISTOLOGY, classes=tuple(NCT_CRC.values()),
         citation='Kather et al., PLOS Medicine 16(1):e1002730, 2019; Zenodo 1214456', licence='CC BY 4.0', access='open',
@@ -390,13 +402,14 @@ HISTOLOGY = {o.name: o for o in (
              'is free of near copies of the rest: choices made on such a part are optimistic.'),
     DataSet(
         'pcam', 'PatchCamelyon', 'binary', read_pcam, pcam_twin, **_HISTOLOGY, classes=PCAM,
-        citation='Veeling et al., arXiv:1806.03962, 2018; Ehteshami Bejnordi et al., JAMA 318(22):2199-2210, 2017', licence='CC0', access='open',
-        url='https://github.com/basveeling/pcam', group='slide', counts={'train': 262_144, 'valid': 32_768, 'test': 32_768},
-        split='official, by slide', files=tuple(Remote(_ZENODO.format(2546921, _PCAM_FILE.format(*o[0])), md5=o[1], unpack=o[0][1][-2:] == 'gz') for o in (
-            (('train', 'x.h5.gz'), '1571f514728f59376b705fc836ff4b63'), (('train', 'y.h5.gz'), '35c2d7259d906cfc8143347bb8e05be7'),
-            (('valid', 'x.h5.gz'), 'd5b63470df7cfa627aeec8b9dc0c066e'), (('valid', 'y.h5.gz'), '2b85f58b927af9964a4c15b8f7e8f179'),
-            (('test', 'x.h5.gz'), 'd8c2d60d490dbd479f8199bdfa0cf6ec'), (('test', 'y.h5.gz'), '60a7035772fbdb7f34eb86d4420cf66a'),
-            (('train', 'meta.csv'), '5a3dd671e465cfd74b5b822125e65b0a'), (('valid', 'meta.csv'), ''), (('test', 'meta.csv'), ''))),
+        citation='Veeling et al., arXiv:1806.03962, 2018; Ehteshami Bejnordi et al., JAMA 318(22):2199-2210, 2017', licence='CC0',
+        access='open', url='https://github.com/basveeling/pcam', group='slide', split='official, by slide',
+        counts={'train': 262_144, 'valid': 32_768, 'test': 32_768}, files=tuple(
+            Remote(_ZENODO.format(2546921, _PCAM_FILE.format(split, end)), md5=md5, unpack=end.endswith('.gz')) for split, end, md5 in (
+                ('train', 'x.h5.gz', '1571f514728f59376b705fc836ff4b63'), ('train', 'y.h5.gz', '35c2d7259d906cfc8143347bb8e05be7'),
+                ('valid', 'x.h5.gz', 'd5b63470df7cfa627aeec8b9dc0c066e'), ('valid', 'y.h5.gz', '2b85f58b927af9964a4c15b8f7e8f179'),
+                ('test', 'x.h5.gz', 'd8c2d60d490dbd479f8199bdfa0cf6ec'), ('test', 'y.h5.gz', '60a7035772fbdb7f34eb86d4420cf66a'),
+                ('train', 'meta.csv', '5a3dd671e465cfd74b5b822125e65b0a'), ('valid', 'meta.csv', ''), ('test', 'meta.csv', ''))),
         steps='Put the nine files into pcam/ and unpack the .gz ones (gunzip).',
         note='MD5 sums of valid and test as torchvision checks them; the table in the README of the set has the two exchanged. A patch is '
              'positive for tumour in its central 32 x 32 pixels alone.'),
