@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CASES', 'ROWS', 'interleaved', 'Skip', 'info_nce_case', 'einsum_similarities', 'token_similarities_case', 'fast_bf16',
-           'scores_by_loop', 'gloria_case', 'sinkhorn_case', 'flip_case', 'operations', 'Row', 'peak_memory', 'measure',
-           'speed_record']
+           'scores_by_loop', 'gloria_case', 'sinkhorn_case', 'flip_case', 'operations', 'method_case', 'precision_case',
+           'Row', 'peak_memory', 'measure', 'speed_record']
 
-# %% ../nbs/39_speed.ipynb #614eca09
+# %% ../nbs/39_speed.ipynb #ef7efa8b
 import dataclasses
 import importlib
 import json
@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import device_name, environment
 from .losses.contrast import info_nce
 from .losses.fast import gloria_scores_fast, info_nce_tiled, sinkhorn_fast, token_similarities_fast
+from .methods import METHODS, find_method, method_loss
 
 # %% ../nbs/39_speed.ipynb #e36af55a
 def interleaved(
@@ -177,7 +178,7 @@ def sinkhorn_case(device, *, b, p, s, epsilon=.05, iterations=50):
     return {'ours': lambda: lambda: sinkhorn_fast(cost, *masses, epsilon=epsilon, iterations=iterations),
             'POT, batched': batched, 'POT, one by one': one_by_one}
 
-# %% ../nbs/39_speed.ipynb #323db98d
+# %% ../nbs/39_speed.ipynb #a2ea3ba4
 def flip_case(device, *, n, image_size, image_tower, text_tower, tokens, whole):
     "Train a tower, or both with loss and optimizer, with half of the patches and with all of them."
     from medcl_study.encoders.dual import DualEncoder, EncoderConfig # here: a process that measures memory starts without it
@@ -205,11 +206,62 @@ def operations(
     with FlopCounterMode(display=False) as counter: way()
     return counter.get_total_flops()
 
+# %% ../nbs/39_speed.ipynb #b3fbd061
+def _encoder(method, *, image_size, image_tower, text_tower, tokens, device):
+    "Build the encoder of a row of METHODS, with weights drawn at random, on a device, in training mode."
+    from medcl_study.encoders.dual import DualEncoder, EncoderConfig # here: a process that measures memory starts without it
+    heads = {k: o | {'vocabulary': [*range(1000)]} if 'vocabulary' in o else o for k, o in method.heads.items()}
+    config = EncoderConfig(image_tower=image_tower, text_tower=text_tower, image_size=image_size, max_tokens=tokens, channels=1,
+                           image_head=method.projection, text_head=method.projection, scale_init=method.scale,
+                           bias_init=method.bias, heads=heads or None)
+    encoder = DualEncoder(config)
+    encoder.logit_scale.requires_grad_(method.learn_scale)
+    return encoder.freeze(lock_image=method.lock_image, lock_text=method.lock_text).ask(**method.wishes).to(device).train()
+
+
+def _batch(n, views, *, image_size, tokens, device, sentences=5):
+    "Draw a batch of pairs whose texts all have as many sentences."
+    return {'images': torch.randint(256, (n, views, 1, image_size, image_size), dtype=torch.uint8, device=device),
+            'tokens': torch.randint(1000, (n, tokens), device=device),
+            'token_mask': torch.ones(n, tokens, dtype=torch.bool, device=device),
+            'sentence_index': (torch.arange(tokens, device=device) * sentences // tokens).expand(n, -1),
+            'text_id': torch.arange(n, device=device)}
+
+
+def method_case(device, *, method, n, **sizes):
+    "Step of a method, without its optimizer, against its passes alone."
+    row = find_method(method)
+    encoder, batch = _encoder(row, device=device, **sizes), _batch(n, 1 + len(row.views), device=device, **_pick(sizes))
+    def step(objective):
+        objective(encoder(batch)).backward()
+        encoder.zero_grad()
+    return {'ours': lambda: lambda: step(method_loss(row)), 'passes alone': lambda: lambda: step(_sum_of_outputs)}
+
+
+def _pick(sizes): return {k: sizes[k] for k in ('image_size', 'tokens')}
+
+
+def _sum_of_outputs(e):
+    outputs = [*e.extras.values(), *(getattr(e, f.name) for f in dataclasses.fields(e) if f.name != 'extras')]
+    return sum(o.sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)
+
+
+def precision_case(device, *, n, **sizes):
+    "Step of CLIP in 16-bit and in 32-bit arithmetic."
+    if not fast_bf16(device): raise Skip('the processor has no matrix unit for bf16 (AMX)')
+    row = find_method('clip')
+    encoder, batch = _encoder(row, device=device, **sizes), _batch(n, 1, device=device, **_pick(sizes))
+    def step(half):
+        with torch.autocast(device, torch.bfloat16, enabled=half): e = encoder(batch)
+        method_loss(row)(e.map(lambda o: o.float() if o.is_floating_point() else o)).backward()
+        encoder.zero_grad()
+    return {'ours': lambda: lambda: step(True), 'fp32': lambda: lambda: step(False)}
+
 
 CASES = {'info_nce': info_nce_case, 'token_similarities': token_similarities_case, 'gloria_scores': gloria_case,
-         'sinkhorn': sinkhorn_case, 'flip': flip_case}
+         'sinkhorn': sinkhorn_case, 'flip': flip_case, 'method': method_case, 'precision': precision_case}
 
-# %% ../nbs/39_speed.ipynb #b094e5c6
+# %% ../nbs/39_speed.ipynb #25ffa134
 @dataclass(frozen=True)
 class Row:
     "One comparison with one peer."
@@ -225,6 +277,7 @@ class Row:
 _GLOBAL, _TOKENS, _TRANSPORT = dict(n=512, d=64), dict(n=8, p=49, t=16, d=64), dict(b=16, p=49, s=16)
 _FLIP = dict(n=16, image_size=224, image_tower='vit_small_patch16_224', text_tower='minilm', tokens=64)
 _SMALL = dict(n=4, image_size=64, image_tower='vit_small_p8', text_tower='bert_tiny', tokens=16)
+_QUICK = dict(n=64, image_size=64, image_tower='vit_stem_p8', text_tower='minilm_2', tokens=64) # as in the quick study
 ROWS = [
     Row('info_nce', 'open_clip', dict(n=8192, d=512), faster=1.4, smaller=4, quick=_GLOBAL),
     Row('info_nce', 'open_clip', dict(n=16384, d=512), smaller=8, quick=_GLOBAL),
@@ -238,6 +291,8 @@ ROWS = [
     Row('sinkhorn', 'POT, one by one', dict(b=64, p=49, s=16), faster=20, quick=_TRANSPORT),
     Row('flip', 'all patches', _FLIP | dict(whole=False), faster=1.8, quick=_SMALL | dict(whole=False)),
     Row('flip', 'all patches', _FLIP | dict(whole=True), of_operations=.85, quick=_SMALL | dict(whole=True)),
+    Row('precision', 'fp32', _FLIP, faster=1.8, quick=_SMALL),
+    *(Row('method', 'passes alone', _QUICK | dict(method=o), faster=1/1.15, quick=_SMALL | dict(method=o)) for o in METHODS),
 ]
 
 # %% ../nbs/39_speed.ipynb #4760ef4d

@@ -42,7 +42,7 @@ LAYERS = {
     'figures': [],
     'sections': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures'],
     'questions': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
-    'speed': ['core', 'embeddings', 'data', 'encoders', 'losses'],
+    'speed': ['core', 'embeddings', 'data', 'encoders', 'losses', 'methods'],
     'report': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
     'experiment': [''],
 }
