@@ -38,17 +38,17 @@ def batch(texts=REPORTS, *, size=32, seed=0):
     return {'images': images, **tokenized(texts)}
 
 
-def encoder(method, *, size=32, seed=0):
+def encoder(method, *, size=32, seed=0, tok=None):
     "Build the row's encoder, tiny, asked and frozen as the row says."
-    row = find_method(method)
+    row, tok = find_method(method), tok or tokenizer()
     heads = {name: options | SMALL.get(name, {}) for name, options in row.heads.items()}
     for o in heads.values():
-        if 'vocabulary' in o: o['vocabulary'] = np.arange(tokenizer().vocab_size).tolist()
+        if 'vocabulary' in o: o['vocabulary'] = np.arange(tok.vocab_size).tolist()
     seed_everything(seed)
-    config = EncoderConfig('vit_tiny_p8', 'bert_tiny', image_size=size, channels=1, dim=16, vocab_size=tokenizer().vocab_size,
+    config = EncoderConfig('vit_tiny_p8', 'bert_tiny', image_size=size, channels=1, dim=16, vocab_size=tok.vocab_size,
                            image_head=row.projection, text_head=row.projection, scale_init=row.scale, bias_init=row.bias,
                            heads=heads or None)
-    model = DualEncoder(config, tokenizer=tokenizer())
+    model = DualEncoder(config, tokenizer=tok)
     model.logit_scale.requires_grad_(row.learn_scale)
     groups = {'lock_image': model.image.groups(), 'lock_text': model.text.groups()[1:]}
     locks = {k: None if (v := getattr(row, k)) is None else min(v, len(groups[k])) for k in groups}
