@@ -20,6 +20,7 @@ from medcl_study.data.phantom import MODALITIES, phantom_corpus
 from medcl_study.data.sets.questions import QUESTIONS, read_vqa_rad
 
 SPLITS = ('train', 'valid', 'test')
+EMPTY = {'text': '', 'labels': None, 'group': '', 'modality': '', 'split': 'train'}
 
 
 def corpus_of(folder, files, name='planted', **columns):
@@ -29,14 +30,13 @@ def corpus_of(folder, files, name='planted', **columns):
         if isinstance(o, bytes): (folder/file).write_bytes(o)
         else: Image.fromarray(o.squeeze()).save(folder/file)
     names = list(files)
-    frame = pd.DataFrame({'id': names, 'image': names, 'text': '', 'labels': None, 'group': '', 'modality': '', 'split': 'train'} | columns)
-    return Corpus(frame, name=name, root=folder)
+    return Corpus(pd.DataFrame({'id': names, 'image': names} | EMPTY | columns), name=name, root=folder)
 
 
 def held(pixels, name='held', **columns):
     "A corpus of arrays."
-    base = {'id': [f'{name}{i}' for i in range(len(pixels))], 'image': '', 'text': '', 'labels': None, 'group': '', 'modality': '', 'split': 'train'}
-    return Corpus(pd.DataFrame(base | columns), name=name, pixels=pixels)
+    base = {'id': [f'{name}{i}' for i in range(len(pixels))], 'image': ''}
+    return Corpus(pd.DataFrame(base | EMPTY | columns), name=name, pixels=pixels)
 
 
 def copied(image, rng, quality=(50, 75, 90)):
@@ -66,10 +66,11 @@ def test_planted_copies_are_found_in_every_modality(modality, tmp_path):
     found = audit(corpus)
     planted = {k: {frozenset((f'{i}.png', f)) for f in files if f.startswith(k) for i in [f.split('_')[1].split('.')[0]]}
                for k in ('file', 'pixels', 'near')}
-    assert named(found.between('file')) == planted['file'] and named(found.between('pixels')) == planted['pixels'], 'exact recall is 1'
+    assert all(named(found.between(k)) == planted[k] for k in ('file', 'pixels')), 'exact recall is 1'
     near = named(found.between('perceptual'))
     assert len(near & planted['near']) >= .95 * len(planted['near'])
-    assert not near - planted['near'] and named(found.pairs) == set().union(*planted.values()) - (planted['near'] - near), 'no false alarm'
+    missed = planted['near'] - near
+    assert not near - planted['near'] and named(found.pairs) == set().union(*planted.values()) - missed, 'no false alarm'
     seen = found.seen.set_index('split')
     assert seen.certain.tolist() == [30, 30] and seen.pictures.tolist() == [200, 60]
 
@@ -84,7 +85,8 @@ def test_turned_copies_are_found_when_asked_for(tmp_path):
     images = phantom_corpus('histology', 40, size=96, seed=1).images(np.arange(40))
     turned = [np.rot90(o, k) if flip else np.rot90(o[:, ::-1], k) for o, (flip, k) in
               zip(images[:8], ((f, k) for f in (True, False) for k in range(4)))]
-    corpus = held([*images, *(read_image(copied(o, generator(i))) for i, o in enumerate(turned))], split=['train'] * 40 + ['test'] * 8)
+    copies = [read_image(copied(o, generator(i))) for i, o in enumerate(turned)]
+    corpus = held([*images, *copies], split=['train'] * 40 + ['test'] * 8)
     assert named(audit(corpus, turned=True).between()) == {frozenset((f'held{i}', f'held{40 + i}')) for i in range(8)}
     assert len(audit(corpus).between()) == 1, 'only the one that was not turned'
 
@@ -134,7 +136,8 @@ def test_seen_and_leaks_count_what_a_loop_counts(rows):
         certain = sum(any(i == j and t != s for j, t in rows) for i, o in rows if o == s)
         assert found.seen.set_index('split').certain[s] == certain
         for t in {s for _, s in rows}:
-            other = sum(any(i == j and o == t and a != b for b, (j, o) in enumerate(rows)) for a, (i, o) in enumerate(rows) if o == s)
+            other = sum(any(i == j and o == t and a != b for b, (j, o) in enumerate(rows))
+                        for a, (i, o) in enumerate(rows) if o == s)
             leak = found.leaks[(found.leaks.kind == 'pixels') & (found.leaks.split == s) & (found.leaks.in_split == t)]
             assert leak.matched.sum() == other
     assert len(found.pairs) == len(rows) - len({i for i, _ in rows}), 'each copy is paired with the first'
@@ -160,7 +163,7 @@ def test_searches_are_exact_across_blocks_and_bounded():
     features[2999], features[1500] = features[0] * 3, features[1] / 3
     assert set(zip(*near_features(features, .99)[:2])) == {(0, 2999), (1, 1500)}
     assert len(near_codes(codes[:1], 5)[0]) == len(near_features(features[:0], .5)[0]) == 0
-    with pytest.raises(DataError, match='more than 100 pairs within 200 bits. Choose a smaller radius'): near_codes(codes, 200, limit=100)
+    with pytest.raises(DataError, match='more than 100 pairs within 200 bits. Choose a'): near_codes(codes, 200, limit=100)
     with pytest.raises(DataError, match='Raise `cosine`'): near_features(features, -1, limit=100)
 
 
@@ -226,8 +229,9 @@ def test_groups_texts_and_labels():
 def test_flow_follows_every_row():
     corpus = planted()
     assert flow(corpus).rows.tolist() == [4, 4, 2, 1, 1]
-    corpus.report = pd.DataFrame([('t.csv', 2, "label 'x' is not known", ''), ('t.csv', 2, 'caption is empty', ''), ('t.csv', 7, "label 'y' is not known", ''),
-                                  ('u.csv', 7, 'caption is empty', '')], columns=['file', 'row', 'what', 'remedy'])
+    faults = [('t.csv', 2, "label 'x' is not known"), ('t.csv', 2, 'caption is empty'), ('t.csv', 7, "label 'y' is not known"),
+              ('u.csv', 7, 'caption is empty')]
+    corpus.report = pd.DataFrame(faults, columns=['file', 'row', 'what'])
     assert flow(corpus)[['step', 'rows']].values.tolist() == [
         ['read', 7], ['left out: label … is not known', 2], ['left out: caption is empty', 1], ['used', 4],
         ['used: train', 2], ['used: valid', 1], ['used: test', 1]]
@@ -241,7 +245,8 @@ def test_integrity_says_which_count_is_off():
     table = integrity(corpus, Row)
     assert table[~table.ok][['split', 'found', 'expected']].values.tolist() == [['test', '1', '3'], ['extra', '0', '1']]
     said = table.set_index(['split', 'what']).found
-    assert said['train', 'first label'] == 'a' and said['train', 'last label'] == 'none' and said['valid', 'first label'] == 'unlabelled'
+    assert said['train', 'first label'] == 'a' and said['train', 'last label'] == 'none'
+    assert said['valid', 'first label'] == 'unlabelled'
     assert said['', 'hash'] == corpus.hash()
     corpus.source = 'twin'
     assert integrity(corpus, Row).ok.all() and (integrity(corpus, Row).expected == '').all()
@@ -279,7 +284,8 @@ def data():
 @pytest.mark.parametrize('name', ['busi', 'ham10000', 'lc25000_lung', 'vqa_rad', 'hannover_cxr', 'medpix2'])
 def test_copies_of_real_images_are_found(data, name, tmp_path):
     files, rng = sorted((data/name/'images').iterdir())[:150], generator('real copies', name)
-    images = {f'{i}.jpg': o.read_bytes() for i, o in enumerate(files)} | {f'copy{i}.jpg': copied(read_image(o), rng) for i, o in enumerate(files)}
+    images = {f'{i}.jpg': o.read_bytes() for i, o in enumerate(files)}
+    images |= {f'copy{i}.jpg': copied(read_image(o), rng) for i, o in enumerate(files)}
     corpus = corpus_of(tmp_path, images, split=['train'] * len(files) + ['test'] * len(files))
     near = named(audit(corpus).between('perceptual'))
     planted = {frozenset((f'{i}.jpg', f'copy{i}.jpg')) for i in range(len(files))}

@@ -54,7 +54,7 @@ def test_twin_has_the_cited_layout(twins, name):
     for glob, table in layout['tables'].items():
         for path in (twins/name).glob(glob):
             rows = pq.read_table(path).to_pylist() if path.suffix == '.parquet' else json.loads(path.read_text())
-            assert {tuple(o) for o in rows} == {tuple(sorted(table['columns'])) if path.suffix == '.json' else tuple(table['columns'])}
+            assert all(set(o) == set(table['columns']) for o in rows)
             for key, value in table['record'].items(): assert {type(o[key]) for o in rows} <= {type(value), bytes}, key
 
 
@@ -64,7 +64,8 @@ def test_reader_yields_what_the_files_hold(twins, name):
     assert corpus.source == 'twin' and corpus.hash() == READERS[name](twins/name).hash()
     assert all(len(o.questions) == 1 and o.labels is None and o.text == '' for o in corpus)
     if name == 'path_vqa':
-        rows = [o for s in ('train', 'validation', 'test') for p in sorted((twins/name/'data').glob(f'{s}-*')) for o in pq.read_table(p).to_pylist()]
+        files = [p for s in ('train', 'validation', 'test') for p in sorted((twins/name/'data').glob(f'{s}-*'))]
+        rows = [o for p in files for o in pq.read_table(p).to_pylist()]
     else:
         tables = [RAD] if name == 'vqa_rad' else ['train.json', 'validation.json', 'test.json']
         rows = [o for t in tables for o in json.loads((twins/name/t).read_text()) if o.get('q_lang', 'en') == 'en']
@@ -161,7 +162,7 @@ def test_half_extracted_archives(copy):
 
 
 def test_files_that_are_not_tables(copy):
-    for text, message in (('{', 'not valid JSON'), ('{}', 'expected a list of objects'), ('[]', 'expected a list'), ('[1]', 'expected a list')):
+    for text, message in (('{', 'not valid JSON'), ('{}', 'expected a list of'), ('[]', 'expected a list'), ('[1]', 'expected a list')):
         (copy/'slake'/'train.json').write_text(text)
         with pytest.raises(DataError, match=message): read_slake(copy/'slake')
     path = next((copy/'path_vqa'/'data').glob('test-*'))
@@ -187,7 +188,8 @@ def test_damaged_image_is_found_when_checked(copy):
 # ---- every sample is read and validated
 
 def small(**values):
-    frame = pd.DataFrame({'id': ['a', 'b'], 'image': ['x', 'y'], 'text': '', 'labels': None, 'group': '', 'split': ['train', 'test'], 'modality': ''})
+    frame = pd.DataFrame({'id': ['a', 'b'], 'image': ['x', 'y'], 'text': '', 'labels': None, 'group': '', 'modality': ''})
+    frame['split'] = ['train', 'test']
     frame['questions'] = [(Question('Is it?', 'Yes', 'closed'),), (Question('What?', 'it', 'open'),)]
     for k, v in values.items(): frame.at[1, k] = v
     return Corpus(frame, name='small', pixels=np.zeros((2, 8, 8), np.uint8))
