@@ -40,7 +40,7 @@ def lovt(
     sides = _lovt_sides(e, temperature, threshold, decay)
     return sum(weight * mean_over_batch(o, told) for weight, o in zip((image, text), sides))
 
-# %% ../../nbs/32a_lovt.ipynb #9f6af562
+# %% ../../nbs/32a_lovt.ipynb #04f9438f
 def lovt_floor(
     e: Embeddings, # with what `lovt` reads
     *,
@@ -48,7 +48,7 @@ def lovt_floor(
     threshold: float = 0.5,
     decay: float = 1.0,
 ) -> Tensor: # scalar
-    "Return what `lovt` cannot fall below: no region is found more surely than its blurred answer tells."
+    "Return what `lovt` cannot fall below, if any report has a sentence: no region is surer than its blurred answer."
     return image * torch.special.entr(local_targets(e, 'image', 'exp', threshold, decay)).sum(-1).amin()
 
 # %% ../../nbs/32a_lovt.ipynb #bd0d2acd
