@@ -487,10 +487,11 @@ def covid_rural_twin(folder, n: int = 64, seed: int = 0):
         Image.fromarray(_place(mask.astype(np.uint8), *canvas)).save(home/'pngs_masks'/f'{name}.png')
     mark_twin(folder, 'covid_rural', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #9227191b
+# %% ../../../nbs/17f_localized.ipynb #c1322e5d
 _MS_CXR = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Lung Opacity', 'Pleural Effusion', 'Pneumonia',
            'Pneumothorax')
 _MS_COLUMNS = ('dicom_id', 'category_name', 'label_text', 'path', 'x', 'y', 'w', 'h', 'image_width', 'image_height', 'split')
+_END = re.compile(r'[.:;,!? ]+([)\]"\']*)$') # of a sentence
 _MS_PATH = re.compile(r'files/p\d\d/(p\d{8})/s\d{8}/[\w-]+\.jpg')
 
 
@@ -506,7 +507,7 @@ def read_ms_cxr(
     check_labels(table.category_name, _MS_CXR, path=path, column='category_name')
     check_labels(table.split, ('train', 'val', 'test'), path=path, column='split')
     _refuse(patient.isna(), lambda i: f'path {table.path[i]!r} is not of the form files/p10/p10000032/s50414267/….jpg', **where)
-    _refuse(phrase == '', lambda i: 'label_text is empty', **where)
+    _refuse(phrase == '', lambda i: 'label_text has no words', **where)
     size = table[['image_width', 'image_height']].apply(pd.to_numeric, errors='coerce').to_numpy(float)
     _refuse(~(size > 0).all(1), lambda i: 'image_width and image_height are not positive numbers', **where)
     boxes = _boxes(table, ('x', 'y', 'w', 'h'), size, path=path)
@@ -535,8 +536,12 @@ def _phrases(folder, path, table):
 
 
 def _phrase(text):
-    "Make one sentence of a phrase."
-    return '; '.join(o for s in split_sentences(text) if (o := s.rstrip('.:;, ')))
+    "Make one sentence of a phrase; '' if it has no word."
+    for _ in range(9): # a sentence may end anew where two were joined
+        parts = [re.sub(r'^(\d{1,2}[.)] +)+', '', o) for o in split_sentences(text)]
+        text = '; '.join(o for s in parts if (o := _END.sub(r'\1', s))) if len(parts) > 1 else ''.join(parts)
+        if len(parts) < 2: break
+    return _END.sub(r'\1', text) if re.search(r'\w', text) else ''
 
 
 _MS_TWIN = { # class number of a phantom → {its finding: category}
