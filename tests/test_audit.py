@@ -235,7 +235,7 @@ def test_flow_follows_every_row():
     assert flow(corpus)[['step', 'rows']].values.tolist() == [
         ['read', 7], ['left out: label … is not known', 2], ['left out: caption is empty', 1], ['used', 4],
         ['used: train', 2], ['used: valid', 1], ['used: test', 1]]
-    corpus.report = pd.DataFrame({'step': ['images', 'frontal'], 'rows': [9, 4], 'groups': [5, 3]})
+    corpus.flow = pd.DataFrame({'step': ['images', 'frontal'], 'rows': [9, 4], 'groups': [5, 3]}) # as the readers of reports count
     assert flow(corpus).values.tolist()[:3] == [['images', 9, 5], ['frontal', 4, 3], ['used', 4, 3]]
 
 
