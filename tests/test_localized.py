@@ -390,7 +390,7 @@ WORDS = ['small', 'Left', 'effusion.', '5.2 cm', 'approx. 2', 'No', '1.', '(base
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(WORDS), max_size=6).map(' '.join), max_size=3))
+@given(st.lists(st.one_of(st.lists(st.sampled_from(WORDS), max_size=6).map(' '.join), st.text('ab. ;:1)\nA!?-', max_size=30)), max_size=3))
 def test_a_phrase_is_one_sentence_also_among_others(texts):
     phrases = [o for o in map(localized._phrase, texts) if o]
     assert split_sentences('\n\n'.join(phrases)) == phrases and all(split_sentences(o) == [o] for o in phrases)

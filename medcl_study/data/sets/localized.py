@@ -77,7 +77,7 @@ def _boxes(
     _refuse((low >= high).any(1), lambda i: f'{box(i)} is empty', **where)
     return list(map(tuple, np.concatenate([low / limit, high / limit], 1).tolist()))
 
-# %% ../../../nbs/17f_localized.ipynb #2d3029a0
+# %% ../../../nbs/17f_localized.ipynb #f9434746
 _SHARES = {'train': .6, 'valid': .2, 'test': .2}
 _EDGE = 1024 # pixels along a side of the images of RSNA, SIIM and NIH
 
@@ -92,14 +92,14 @@ def _gather(keys, values):
     return out
 
 
-def _corpus(name, folder, classes, ids, regions, **columns):
+def _corpus(name, folder, classes, ids, regions, root=None, **columns):
     "Put a corpus together from {id: regions} of the images that have any, and columns image, group, split and others."
     found = {k: tuple(c for c in classes if c in {o.label for o in v}) for k, v in regions.items()}
     ids = list(ids)
     frame = pd.DataFrame({'id': ids, 'text': '', 'modality': 'chest X-ray', 'labels': [found.get(o, ()) for o in ids],
                           'regions': [tuple(regions.get(o, ())) for o in ids]} | columns)
     check_groups(frame, folder)
-    return Corpus(frame, name=name, classes=classes, source=source_of(folder), root=Path(folder))
+    return Corpus(frame, name=name, classes=classes, source=source_of(folder), root=Path(root or folder))
 
 # %% ../../../nbs/17f_localized.ipynb #6ae22d66
 def _phantoms(kinds, splits, seed):
@@ -487,7 +487,7 @@ def covid_rural_twin(folder, n: int = 64, seed: int = 0):
         Image.fromarray(_place(mask.astype(np.uint8), *canvas)).save(home/'pngs_masks'/f'{name}.png')
     mark_twin(folder, 'covid_rural', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #c1322e5d
+# %% ../../../nbs/17f_localized.ipynb #70235725
 _MS_CXR = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Lung Opacity', 'Pleural Effusion', 'Pneumonia',
            'Pneumothorax')
 _MS_COLUMNS = ('dicom_id', 'category_name', 'label_text', 'path', 'x', 'y', 'w', 'h', 'image_width', 'image_height', 'split')
@@ -529,10 +529,8 @@ def _phrases(folder, path, table):
     need_folder(root/'files')
     _refuse(~first.path.map(lambda o: (root/o).is_file()), lambda i: f'image {first.path.iloc[i]!r} is not in {root.name}/', path=path,
             rows=first.index + 2, remedy='Download the listed images of MIMIC-CXR-JPG.')
-    corpus = _corpus('ms_cxr', folder, tuple(o.lower() for o in _MS_CXR), first.dicom_id, regions, image=first.path.to_numpy(),
-                     text=text, group=first.group.to_numpy(), split=first.split.to_numpy())
-    corpus.root = root
-    return corpus
+    return _corpus('ms_cxr', folder, tuple(o.lower() for o in _MS_CXR), first.dicom_id, regions, root=root, text=text,
+                   image=first.path.to_numpy(), group=first.group.to_numpy(), split=first.split.to_numpy())
 
 
 def _phrase(text):
@@ -541,7 +539,8 @@ def _phrase(text):
         parts = [re.sub(r'^(\d{1,2}[.)] +)+', '', o) for o in split_sentences(text)]
         text = '; '.join(o for s in parts if (o := _END.sub(r'\1', s))) if len(parts) > 1 else ''.join(parts)
         if len(parts) < 2: break
-    return _END.sub(r'\1', text) if re.search(r'\w', text) else ''
+    text = _END.sub(r'\1', text) if re.search(r'\w', text) else ''
+    return text if split_sentences(text) in ([], [text]) else ' '.join(re.sub(r'[.:!?]', ' ', text).split())
 
 
 _MS_TWIN = { # class number of a phantom → {its finding: category}
