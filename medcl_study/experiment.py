@@ -9,7 +9,7 @@ __all__ = ['BASELINES', 'PROTOCOLS', 'SCORED_SEED', 'LEAST_SPEARMAN', 'FEW_DRAWS
            'predictions_path', 'finished', 'run', 'tuned_rate', 'study_runs', 'unavailable', 'prepare', 'plan',
            'run_study', 'overrides', 'main']
 
-# %% ../nbs/70_experiment.ipynb #56cab515
+# %% ../nbs/70_experiment.ipynb #01c05039
 import argparse
 import contextlib
 import dataclasses
@@ -18,6 +18,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,9 @@ from .data.images import pack
 from .data.loaders import PairDataset, PairStream, pair_loaders
 from .data.pairs import read_manifest
 from .data.phantom import MODALITIES, phantom_corpus
+from .data.corpora import MANIFESTS, mixture
 from .data.sets.sample import SAMPLE_SETS, sample_corpus, sample_pairs, sample_prompts
+from .data.tasks import CLASSIFICATION, SUITES, TASKS, read_task
 from .data.text import PROMPTS, Tokenizer, minilm_folder
 from .embeddings import rank, world_size
 from .encoders.dual import DualEncoder, EncoderConfig
@@ -54,7 +57,7 @@ from .results import write_examples
 from .stats import estimate, resample
 from .trainer import TrainConfig, process_group, train
 
-# %% ../nbs/70_experiment.ipynb #5acbc73b
+# %% ../nbs/70_experiment.ipynb #2e5068de
 BASELINES = { # rows of a study that are not pretrained
     'random_init': 'Untrained encoder',
     'shortcuts': 'No encoder',
@@ -66,7 +69,7 @@ class Run:
     "Everything that decides a result; the defaults are the baseline of the `quick` study."
     method: str = 'clip' # row of METHODS or of BASELINES
     seed: int = 0 # initialisation, order, masks, and the stream of phantoms
-    data: str = 'phantom' # 'phantom', 'sample' (public real sample), or a manifest below MEDCL_DATA
+    data: str = 'phantom' # 'phantom', 'sample' (public real sample), a manifest below MEDCL_DATA, or corpora: '2*roco+pmc_oa:50000'
     columns: str = '' # of a manifest, ours=theirs: 'text=caption,group=patient'
     modality: str = 'chest' # of the phantoms; a key of MODALITIES, or 'mixed'
     train_pairs: int = 4000 # phantoms in an epoch
@@ -136,7 +139,7 @@ def make_run(
     whole = lambda k, v: isinstance(known[k], float) and isinstance(v, int) and not isinstance(v, bool)
     return Run(**{k: float(v) if whole(k, v) else tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
-# %% ../nbs/70_experiment.ipynb #7ada34ae
+# %% ../nbs/70_experiment.ipynb #d24167d2
 @dataclass(frozen=True)
 class Part:
     "One split: its samples, and where their pixels are."
@@ -177,11 +180,24 @@ def _columns(text):
     return {a.strip(): b.strip() for a, _, b in pairs}
 
 
+def _corpora(text):
+    "Parse '2*roco+pmc_oa:50000' into weights and caps by corpus."
+    weights, caps = {}, {}
+    for part in text.split('+'):
+        found = re.fullmatch(r'(?:([\d.]+)\*)?([a-z]\w*)(?::(\d+))?', part.strip())
+        if not found: raise ValueError(f'data is {text!r}: expected corpora as in 2*roco+pmc_oa:50000 (weight*name:most training rows)')
+        weights[found[2]] = float(found[1] or 1)
+        if found[3]: caps[found[2]] = int(found[3])
+    return weights, caps
+
+
 @functools.lru_cache(maxsize=2)
 def _pairs(run):
     "Read the corpus a run is trained on; for phantoms there is nothing to read."
     if run.data == 'sample': return sample_pairs()
-    return read_manifest(data_root()/run.data, columns=_columns(run.columns))
+    if Path(run.data).suffix in MANIFESTS: return read_manifest(data_root()/run.data, columns=_columns(run.columns))
+    weights, caps = _corpora(run.data)
+    return mixture(weights, caps=caps)
 
 
 def pair_part(run: Run, split: str) -> Part:
@@ -194,7 +210,7 @@ def pair_part(run: Run, split: str) -> Part:
 def data_hash(run: Run) -> str:
     "Hash the data of a run without reading a pixel: manifests for real data, settings for phantoms."
     names = sorted({o.partition('/')[0] for o in run.tasks} - {'pairs', 'phantom'})
-    real = [sample_corpus(o).hash() for o in names]
+    real = [_set_corpus(o).hash() for o in names]
     return content_hash(real, 'phantom' if run.data == 'phantom' else _pairs(run).hash())
 
 # %% ../nbs/70_experiment.ipynb #0095e09d
@@ -203,7 +219,7 @@ def run_id(run: Run) -> str:
     settings = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if not f.metadata.get('free')}
     return content_hash(settings, data_hash(run))
 
-# %% ../nbs/70_experiment.ipynb #8458d993
+# %% ../nbs/70_experiment.ipynb #890ae6d7
 @dataclass(frozen=True)
 class EvaluationSet:
     "A task, its prompts, and its splits."
@@ -221,6 +237,26 @@ def _phantom_set(run):
     return EvaluationSet(task, {task.prompt_set: MODALITIES[run.modality].prompts}, functools.partial(pair_part, run))
 
 
+def _set_corpus(name):
+    "Read a labelled or captioned set; what nobody labelled is not scored."
+    return sample_corpus(name) if name in SAMPLE_SETS else _read_task(name, str(data_root()))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_task(name, root):
+    corpus = read_task(name, root=Path(root))
+    return corpus.select(corpus.frame.labels.notna().to_numpy()) if TASKS[name].kind in CLASSIFICATION else corpus
+
+
+def _task_set(name, run):
+    o, corpus = TASKS[name], _set_corpus(name)
+    kind, classes = (o.kind, o.classes) if o.kind in CLASSIFICATION else ('retrieval', ())
+    task = Task(name, kind, classes, metric=o.metric if kind == o.kind else '', family=o.family, modality=o.modality,
+                prompt_set=o.prompt_sets[0] if o.prompt_sets else '', split=o.split, licence=o.licence, source=corpus.source,
+                citation=o.citation)
+    return EvaluationSet(task, {k: PROMPTS[k] for k in o.prompt_sets}, lambda split: _packed(corpus.split(split), run))
+
+
 def _sample_set(name, run):
     o, corpus, prompts = SAMPLE_SETS[name], sample_corpus(name), sample_prompts(name)
     task = Task(name, o.kind, o.classes, family=o.family, modality=o.modality, prompt_set=next(iter(prompts)), split=o.split,
@@ -232,10 +268,12 @@ def evaluation_set(name: str, run: Run) -> EvaluationSet:
     "Find an evaluation set by name; raises `ValueError` listing the names."
     if name == 'phantom': return _phantom_set(run)
     if name in SAMPLE_SETS: return _sample_set(name, run)
-    raise ValueError(f'unknown evaluation set {name!r}; known are phantom, pairs, {", ".join(SAMPLE_SETS)}')
+    if name in TASKS: return _task_set(name, run)
+    raise ValueError(f'unknown evaluation set {name!r}; known are phantom, pairs, {", ".join([*SAMPLE_SETS, *TASKS])}')
 
 
-def _retrieval_task(run):
+def _retrieval_task(run, name):
+    if name in TASKS: return (o := _task_set(name, run)).part(run.scored), o.task
     part = pair_part(run, run.scored)
     name = f'phantom_{run.modality}_retrieval' if run.data == 'phantom' else f'{part.corpus.name}_retrieval'
     return part, Task(name, 'retrieval', modality=run.modality if run.data == 'phantom' else 'mixed', source=part.corpus.source,
@@ -334,7 +372,7 @@ def pretrain(
                          precision=run.precision, seed=seed_from('train', run.seed), save_every=25)
     return train(encoder.to(device), method_loss(run.method), loaders, config, folder=folder, progress=progress)
 
-# %% ../nbs/70_experiment.ipynb #b029f290
+# %% ../nbs/70_experiment.ipynb #b0c13de4
 def _classify(run, name, protocol, store):
     "Score one labelled set by one protocol."
     o = evaluation_set(name, run)
@@ -351,8 +389,8 @@ def _classify(run, name, protocol, store):
 def _scorer(run): return find_method(run.method).score if run.trained else 'cosine'
 
 
-def _retrieve(run, store):
-    part, task = _retrieval_task(run)
+def _retrieve(run, name, store):
+    part, task = _retrieval_task(run, name)
     return retrieval(store, part.corpus, task, images=part.images, scorer=_scorer(run))
 
 
@@ -368,7 +406,7 @@ def evaluate_run(run: Run, encoder, folder: Path):
     store, frames = FeatureStore(encoder, folder/'features', chunk=256), []
     for entry in run.tasks:
         name, _, protocol = entry.partition('/')
-        if protocol == 'retrieval': frames.append(_retrieve(run, store))
+        if protocol == 'retrieval': frames.append(_retrieve(run, name, store))
         elif protocol == 'grounding': frames.append(_ground(run, name, store))
         else: frames += _classify(run, name, protocol, store)
     return concat_predictions(frames)
@@ -568,7 +606,7 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #234c088f
+# %% ../nbs/70_experiment.ipynb #84c939de
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -582,8 +620,9 @@ _SMOKE = {'image_tower': 'vit_tiny_p8', 'train_pairs': 512, 'valid_pairs': 128, 
            'dim': 64, 'draws': 3, 'image_init': 'random'}
 _REAL = {'data': 'sample', 'stream': False, 'epochs': 8, 'image_size': 64, 'channels': 3, 'augmentation': 'crop', 'test_pairs': 0,
          'tasks': (*(f'{o}/{p}' for o in SAMPLE_SETS for p in ('zeroshot', 'probe')), 'pairs/retrieval')}
-_LARGER = {'image_size': 224, 'image_tower': 'vit_small_patch16_224', 'image_init': 'random', 'stream': False, 'train_pairs': 20_000,
-           'batch_size': 128, 'precision': 'bf16', 'epochs': 8}
+_LARGER = {'image_size': 224, 'image_tower': 'vit_small_patch16_224', 'stream': False, 'train_pairs': 10_000, 'batch_size': 128,
+           'precision': 'bf16', 'epochs': 12, 'draws': 10}
+_WIRING = _SMOKE | {'modality': 'mixed', 'channels': 3, 'tasks': tuple(o for o in SUITES['benchmark25'] if not o.endswith('/vqa'))}
 _LARGE = {'image_size': 224, 'image_tower': 'vit_small_patch16_224', 'text_tower': 'minilm', 'batch_size': 256,
           'precision': 'bf16', 'dim': 256, 'lr': 5e-4}
 
@@ -633,6 +672,7 @@ STUDIES = {
     'gpu': lambda: _grid(_EIGHT, 3, **_LARGE, train_pairs=50_000, epochs=20, workers=8),
     'full': lambda: _grid(_EIGHT, 5, **_LARGE, train_pairs=200_000, epochs=30, workers=8),
     'real': lambda: _grid(_FOUR, 2, **_REAL),
+    'twins': lambda: [make_run(_WIRING, method=o) for o in ('shortcuts', 'clip')],
     'ablations/tuning': lambda: _tuning(_QUESTIONS['unimodal'] + _QUESTIONS['granularity']),
     'ablations/transfer': lambda: _transfer(),
     'ablations/unimodal': lambda: _question('unimodal'),
@@ -647,23 +687,28 @@ def study_runs(name: str) -> list[Run]:
     return STUDIES[name]()
 
 
+def _sets(run):
+    "Name the published sets that a run is scored on."
+    return list(dict.fromkeys(name for o in run.tasks if (name := o.partition('/')[0]) not in ('phantom', 'pairs')))
+
+
 def unavailable(run: Run) -> str:
     "Say why a run cannot be done on this machine; '' if it can."
     try:
         if run.trained and find_method(run.method).lock_text is not None: _text_parts(run, list)
-        if run.data == 'sample' or any(o.startswith('sample') for o in run.tasks): data_root()
+        if run.data != 'phantom' or _sets(run): data_root()
     except (Unavailable, DataError) as e: return str(e)
     return ''
 
-# %% ../nbs/70_experiment.ipynb #38ba9c58
+# %% ../nbs/70_experiment.ipynb #d42449b0
 def prepare(study: str):
     "Pack the images and train the general image tower that the runs of a study share."
     for run in {dataclasses.replace(o, method='clip', seed=0): o for o in study_runs(study)}:
         if unavailable(run): continue
         splits = ('valid', 'test') if run.stream and run.data == 'phantom' and not _probes(run) else ('train', 'valid', 'test')
         for split in splits: pair_part(run, split)
-        for name in dict.fromkeys(o.partition('/')[0] for o in run.tasks if o.startswith('sample_')):
-            for split in ('train', 'valid', 'test'): evaluation_set(name, run).part(split)
+        for name in _sets(run):
+            for split in _set_corpus(name).frame.split.unique(): evaluation_set(name, run).part(split)
         if run.image_init in ('general', 'medical'): _image_weights(run)
         if run.text_init == 'medical': _text_parts(run, list)
 
