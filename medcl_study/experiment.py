@@ -606,7 +606,7 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #84c939de
+# %% ../nbs/70_experiment.ipynb #21d1ab9b
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -678,6 +678,7 @@ STUDIES = {
     'ablations/unimodal': lambda: _question('unimodal'),
     'ablations/granularity': lambda: _question('granularity'),
     'ablations/granularity_224': lambda: _question('granularity', **_LARGER),
+    'ablations/integrity': lambda: [make_run(method='mlip', seed=o, lr=tuned_rate('mlip'), tasks=['phantom/zeroshot']) for o in range(3)],
 }
 
 
