@@ -1,20 +1,22 @@
 # make study            the study in size quick: phantoms → pretraining → benchmark → reports/quick
 # make study SIZE=smoke smoke (minutes), quick, small, gpu, full
+# make twins           miniatures of all data sets in their official layouts, read, validated and scored by a small encoder
 # make test             every lesson of every notebook, then the fast tests
 # make verify           everything, the slow proofs and coverage included; writes reports/verify.json
 # make docs             the notebooks as offline HTML in _docs
 # make clean            remove what was built; keeps .venv, reports and unfinished runs (work)
-# Variables: SIZE, PYTHON (which interpreter makes .venv), CORES, EXTRAS.
+# Variables: SIZE, PYTHON (which interpreter makes .venv), CORES, TWINS (folder of the miniatures), EXTRAS.
 
 SIZE ?= quick
 PYTHON ?= python3
 CORES ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+TWINS ?= work/twins-data
 EXTRAS ?= workflow,minilm,clip,data,dev
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := study
-.PHONY: study test verify docs clean install
+.PHONY: study twins test verify docs clean install
 
 # One thread per process: several times faster with one process per core, and the same digits on every machine.
 export OMP_NUM_THREADS ?= 1
@@ -35,6 +37,11 @@ $(STAMP):
 
 study: $(STAMP)
 	snakemake -s nbs/experiments/Snakefile --config study=$(SIZE) --cores $(CORES) --rerun-incomplete
+
+twins: $(STAMP)
+	medcl_data twin all --folder $(TWINS)
+	medcl_data check all --root $(TWINS)
+	MEDCL_DATA=$(TWINS) snakemake -s nbs/experiments/Snakefile --config study=twins --cores $(CORES) --rerun-incomplete
 
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from medcl_study.core import Locked, code_hash, lock, read_json
+from medcl_study.core import DataError, Locked, code_hash, lock, read_json
 from medcl_study.encoders.masked import visible_area
-from medcl_study.experiment import (STUDIES, Run, finished, integrity_check, make_encoder, make_run, overrides, pair_part, pretrain, run,
-                                    run_id, study_runs, work_folder)
+from medcl_study.experiment import (STUDIES, Run, evaluation_set, finished, integrity_check, make_encoder, make_run, overrides, pair_part,
+                                    pretrain, run, run_id, study_runs, unavailable, work_folder)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(image_tower='vit_tiny_p8', text_tower='bert_tiny', text_init='random', image_init='random', dim=16, max_tokens=48,
@@ -159,3 +159,37 @@ def test_integrity_is_held_against_the_truth(tmp_path, monkeypatch):
     found = integrity_check(settings, encoder)
     assert found['value'] == pytest.approx(1) and found['works'] and found['n'] == masks.any((1, 2)).sum()
     assert integrity_check(make_run(TINY), make_encoder(make_run(TINY))) == {}
+
+
+@pytest.fixture(scope='module')
+def twins(tmp_path_factory):
+    from medcl_study.data.twins import make_twins
+    folder = tmp_path_factory.mktemp('twins')
+    make_twins(folder, ['bach', 'chexpert', 'roco', 'pmc_oa', 'deepeyenet'], n=64)
+    return folder
+
+
+def test_published_sets_are_scored_and_mixtures_trained_on(twins, tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDCL_DATA', str(twins))
+    monkeypatch.setenv('MEDCL_WORK', str(tmp_path/'work'))
+    tasks = ['bach/zeroshot', 'bach/probe', 'deepeyenet/retrieval', 'pairs/retrieval']
+    settings = make_run(TINY | {'data': '2*roco+pmc_oa:20', 'tasks': tasks, 'epochs': 1, 'channels': 3, 'batch_size': 16})
+    record = run(settings, reports=tmp_path/'reports')
+    assert record['source'] == 'twin', 'never a silent substitution'
+    scored = {o.partition('/')[0] for o in record['tasks']}
+    assert scored == {'bach', 'deepeyenet', 'pmc_oa+2*roco_retrieval'}
+    assert run_id(settings) != run_id(make_run(vars(settings) | {'data': 'roco+pmc_oa:20'}))
+
+
+def test_a_set_that_is_not_there_says_where_it_is_to_be_had(twins, tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDCL_DATA', str(twins))
+    with pytest.raises(DataError, match='pcam'): run(make_run(TINY | {'tasks': ['pcam/probe']}), reports=tmp_path)
+    monkeypatch.delenv('MEDCL_DATA')
+    assert 'MEDCL_DATA' in unavailable(make_run(TINY | {'tasks': ['bach/probe']}))
+
+
+def test_unlabelled_rows_are_not_scored(twins, tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDCL_DATA', str(twins))
+    monkeypatch.setenv('MEDCL_WORK', str(tmp_path))
+    part = evaluation_set('chexpert', make_run(TINY)).part('test')
+    assert len(part.corpus) == len(part.images) and not part.corpus.frame.labels.isna().any()
