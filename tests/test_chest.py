@@ -76,6 +76,7 @@ def test_flow_counts_every_exclusion(mimic):
     assert flow.groups.iloc[-1] == corpus.frame.group.nunique() and len(corpus.report) == flow.rows.iloc[-2] - flow.rows.iloc[-1] > 0
     assert not set(corpus.report.row) & set(corpus.frame.study) and all((mimic/o).exists() for o in corpus.report.file)
     assert all('IMPRESSION:  ___.' in (mimic/o).read_text() for o in corpus.report.file)
+    assert corpus.split('train').flow is corpus.select([0, 1]).flow is flow
 
 
 def test_views_and_studies(mimic):

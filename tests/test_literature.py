@@ -1,5 +1,4 @@
-"""Captioned corpora: each reader on its twin and on every way its files can be wrong, and the layouts that neither generates."""
-import fnmatch
+"""Captioned corpora: each reader on its twin and on every way its files can be wrong."""
 import json
 import time
 from pathlib import Path
@@ -19,7 +18,6 @@ from medcl_study.data.sets.literature import (
     LITERATURE, EmbeddedImages, pmc_oa_twin, quilt_1m_twin, read_deepeyenet, read_pmc_oa, read_quilt_1m, read_roco, read_roco_v2)
 
 LAYOUTS = Path(__file__).parent/'layouts'
-RELEASES = {'pmc_oa': {'': {}, 'current': {'release': 'current'}}, 'quilt_1m': {'': {}, 'study': {'release': 'study'}}}
 
 
 @pytest.fixture(scope='module')
@@ -37,22 +35,6 @@ def write(name, folder, n=16, **options):
 
 # ---- layouts cited from elsewhere
 
-@pytest.mark.parametrize('name, release', [(k, v) for k in LITERATURE for v in RELEASES.get(k, {'': {}})])
-def test_twins_have_the_cited_layout(tmp_path, name, release):
-    layout = json.loads((LAYOUTS/f'{name}.json').read_text())
-    layout = layout[release] if release else layout
-    folder = write(name, tmp_path, **RELEASES.get(name, {'': {}})[release])
-    files = [o.relative_to(folder).as_posix() for o in folder.rglob('*') if o.is_file() and o.name != 'TWIN']
-    assert layout['cited'] and all(fnmatch.filter(files, o) for o in layout['tree'])
-    assert all(any(fnmatch.fnmatch(f, o) for o in layout['tree']) for f in files)
-    for file, table in layout.get('tables', {}).items(): assert columns(folder/file) == table['columns']
-
-
-def columns(path):
-    if path.suffix == '.jsonl': return list(json.loads(path.read_text().splitlines()[0]))
-    return pq.read_schema(path).names if path.suffix == '.parquet' else path.read_text().splitlines()[0].split(',')
-
-
 def test_records_quoted_in_the_layouts_are_read(tmp_path):
     "Rows as their publishers print them, with no twin involved."
     records = {o: json.loads((LAYOUTS/f'{o}.json').read_text()) for o in ('pmc_oa', 'roco', 'deepeyenet')}
@@ -66,7 +48,7 @@ def test_records_quoted_in_the_layouts_are_read(tmp_path):
         put(tmp_path/'b'/'all_data'/long/'radiology'/'images'/row['name'])
         pd.DataFrame([row]).to_csv(tmp_path/'b'/'all_data'/long/f'radiology{short}data.csv', index=False)
     assert [(o.group, o.split) for o in read_roco(tmp_path/'b')] == [('PMC4083729', o) for o in ('train', 'valid', 'test')]
-    entries = records['deepeyenet']['json']['DeepEyeNet_train.json']
+    entries = records['deepeyenet']['json']['DeepEyeNet_*.json']
     for split in ('train', 'valid', 'test'):
         put(tmp_path/'c'/next(iter(entries[0])))
         (tmp_path/'c'/f'DeepEyeNet_{split}.json').write_text(json.dumps(entries))
@@ -245,7 +227,7 @@ def test_parquet_parts_must_be_complete(tmp_path):
     pq.write_table(table.drop_columns('image'), data/'train-00000-of-00001.parquet')
     with pytest.raises(DataError, match="no column 'image'"): read_roco_v2(tmp_path)
     (data/'train-00000-of-00001.parquet').write_bytes(b'PAR1 and then nothing')
-    with pytest.raises(DataError, match='not a readable Parquet file'): read_roco_v2(tmp_path)
+    with pytest.raises(DataError, match='not a readable table'): read_roco_v2(tmp_path)
 
 
 def test_sample_folders_of_another_layout_are_refused(tmp_path):

@@ -121,6 +121,8 @@ def test_images_are_selected_travel_and_hash(tmp_path, twins):
     assert (some[0] == images[59]).all() and (pickle.loads(pickle.dumps(some))[2] == images[31]).all() and len(images[:7]) == 7
     assert images.hash() == read_medmnist_set(twins, name='bloodmnist', size=64).pixels.hash() != some.hash()
     with pytest.raises(IndexError): images[60]
+    os.utime(shutil.copy(twins/'bloodmnist_64.npz', tmp_path), (0, 0)) # a copy of another day is the same file
+    assert read_medmnist_set(tmp_path, name='bloodmnist', size=64).pixels.hash() == images.hash()
 
 
 def test_lazy_and_held_images_pack_alike(twins, tmp_path):

@@ -13,12 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medcl_study.core import DataError
-from medcl_study.data.images import pack
+from medcl_study.data.images import pack, resize, to_channels
 from medcl_study.data.pairs import Corpus, Question, normalise_text
 from medcl_study.data.sets.questions import (
     QUESTIONS, answer_vocabulary, check_questions, read_path_vqa, read_slake, read_vqa_rad)
 
-LAYOUTS = Path(__file__).parent/'layouts'
 RAD = 'VQA_RAD Dataset Public.json'
 READERS = {'vqa_rad': read_vqa_rad, 'path_vqa': read_path_vqa, 'slake': read_slake}
 
@@ -43,20 +42,7 @@ def change(path, row, **values):
     path.write_text(json.dumps(records))
 
 
-# ---- twins keep the cited layouts, and readers read them
-
-@pytest.mark.parametrize('name', QUESTIONS)
-def test_twin_has_the_cited_layout(twins, name):
-    layout = json.loads((LAYOUTS/f'{name}.json').read_text())
-    files = {o.relative_to(twins/name).as_posix() for o in (twins/name).rglob('*') if o.is_file()} - {'TWIN'}
-    matched = [set(o.relative_to(twins/name).as_posix() for o in (twins/name).glob(glob)) for glob in layout['tree']]
-    assert all(matched) and set.union(*matched) == files
-    for glob, table in layout['tables'].items():
-        for path in (twins/name).glob(glob):
-            rows = pq.read_table(path).to_pylist() if path.suffix == '.parquet' else json.loads(path.read_text())
-            assert all(set(o) == set(table['columns']) for o in rows)
-            for key, value in table['record'].items(): assert {type(o[key]) for o in rows} <= {type(value), bytes}, key
-
+# ---- readers read what twins wrote
 
 @pytest.mark.parametrize('name', QUESTIONS)
 def test_reader_yields_what_the_files_hold(twins, name):
@@ -88,6 +74,22 @@ def test_parquet_images_survive_selection_and_pickling(twins):
     assert corpus.select(rows).hash() != corpus.select(rows[::-1]).hash()
     per_image = [corpus[int(i)].image.tobytes() for i in corpus.frame.drop_duplicates('image').index]
     assert len(set(per_image)) == len(per_image) == 48
+
+
+def test_a_picture_is_packed_once_however_many_questions_it_has(twins, tmp_path):
+    corpus = read_path_vqa(twins/'path_vqa')
+    cache = pack(corpus, tmp_path, size=32)
+    assert len(cache) == len(corpus) > len(cache.images) == corpus.frame.image.nunique() == 48
+    plain = to_channels(resize(corpus[5].image, 32, mode='pad'), 3)
+    assert (cache[5] == plain).all()
+    assert pack(corpus, tmp_path, size=32).folder == cache.folder
+
+
+def test_identities_do_not_depend_on_when_a_file_was_written(twins, tmp_path):
+    shutil.copytree(twins/'path_vqa', tmp_path/'path_vqa')
+    for o in (tmp_path/'path_vqa'/'data').iterdir(): os.utime(o, (0, 0))
+    first, copied = (read_path_vqa(o/'path_vqa') for o in (twins, tmp_path))
+    assert first.hash() == copied.hash() and first.pixels.identities() == copied.pixels.identities()
 
 
 def test_two_splits_of_vqa_rad(twins):

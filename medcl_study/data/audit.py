@@ -190,7 +190,7 @@ def _pairs(kind, units, content, near=None):
     between = [out.corpus_a != out.corpus_b, out.split_a != out.split_b]
     return out.assign(where=np.select(between, ['between corpora', 'between splits'], 'within a split'))
 
-# %% ../../nbs/18_audit.ipynb #deeee70e
+# %% ../../nbs/18_audit.ipynb #35d169b1
 def group_leaks(corpus: Corpus) -> pd.DataFrame: # group, splits, rows
     "List the groups that stand in more than one split."
     frame = corpus.frame[(corpus.frame.group != '') & (corpus.frame.split != '')]
@@ -202,8 +202,8 @@ def flow(corpus: Corpus) -> pd.DataFrame: # step, rows, groups (missing where ro
     "Follow the rows of a corpus: read, left out and why, used, and used in each split."
     report, frame = corpus.report, corpus.frame
     def count(rows): return len(rows), rows.group[rows.group != ''].nunique()
-    steps, counted = ['step', 'rows', 'groups'], getattr(corpus, 'flow', report)
-    if {*steps} <= set(counted): head = list(counted[steps].itertuples(index=False, name=None)) # the reader kept count
+    steps, counted = ['step', 'rows', 'groups'], getattr(corpus, 'flow', None)
+    if counted is not None: head = list(counted[steps].itertuples(index=False, name=None)) # the reader kept count
     else:
         once = report.drop_duplicates(['file', 'row'])
         reasons = once.what.map(lambda o: re.sub(r"'[^']*'|\b\d+\b", '…', o)).value_counts()

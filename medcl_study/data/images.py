@@ -227,7 +227,7 @@ class PackedCache:
         rows = np.arange(len(self))[np.asarray(rows)]
         return PackedCache(self.folder, self.slots[rows], rows=self.rows[rows], report=self.report)
 
-# %% ../../nbs/13_images.ipynb #782cf579
+# %% ../../nbs/13_images.ipynb #70595d15
 def _digests(paths, folder, pool):
     "Hash the contents of files; hashes are remembered in `folder` by path, size and time of change."
     state, memory = {}, Path(folder) / 'digests.parquet'
@@ -247,6 +247,8 @@ def _sources(corpus, folder, pool):
     "Return (an identity per row, function from rows to an iterable of arrays or paths)."
     if hasattr(corpus, 'members'): return _joined_sources(corpus, folder, pool)
     rendered = hasattr(corpus, 'images')
+    if hasattr(pixels := getattr(corpus, 'pixels', None), 'identities'):
+        return pixels.identities(), lambda rows: [pixels[int(i)] for i in rows]
     if rendered or isinstance(corpus[0].image, np.ndarray):
         identities = [f'{identity}:{i}' for identity in [corpus.hash()] for i in range(len(corpus))]
         return identities, corpus.images if rendered else lambda rows: [corpus[i].image for i in rows]

@@ -59,7 +59,7 @@ class Sample:
     source: str = '' # 'phantom', 'twin' or 'real'
     modality: str = ''
 
-# %% ../../nbs/10_pairs.ipynb #7705b2fd
+# %% ../../nbs/10_pairs.ipynb #7c7edddc
 def normalise_text(text: str) -> str:
     "Fold case, spaces and final punctuation, for deciding whether two texts are the same."
     return ' '.join(text.casefold().split()).rstrip('.;:, ')
@@ -74,11 +74,12 @@ class Corpus(Sequence):
         classes=(), # class names, in the order of every score vector
         source: str = 'real', # 'phantom', 'twin' or 'real'
         root: Path | None = None, # folder that image paths are relative to
-        pixels=None, # uint8 (rows, h, w) or (rows, h, w, 3) instead of files; or what reads them when indexed and has hash()
+        pixels=None, # uint8 (rows, h, w) or (rows, h, w, 3) instead of files; or what reads them, with hash() and identities()
         report: pd.DataFrame | None = None, # rows left out while reading: file, row, what, remedy
+        flow: pd.DataFrame | None = None, # what the reader counted: step, rows, groups; None = nothing
     ):
         self.frame, self.name, self.classes, self.source = frame.reset_index(drop=True), name, tuple(classes), source
-        self.root, self.pixels = root, pixels
+        self.root, self.pixels, self.flow = root, pixels, flow
         self.report = pd.DataFrame(columns=['file', 'row', 'what', 'remedy']) if report is None else report
 
     def __len__(self): return len(self.frame)
@@ -106,7 +107,7 @@ class Corpus(Sequence):
         index = np.flatnonzero(index) if np.asarray(index).dtype == bool else np.asarray(index, dtype=int)
         pixels = None if self.pixels is None else self.pixels[index]
         return Corpus(self.frame.iloc[index], name=self.name, classes=self.classes, source=self.source, root=self.root,
-                      pixels=pixels, report=self.report)
+                      pixels=pixels, report=self.report, flow=self.flow)
 
     def split(self, name: str) -> 'Corpus':
         "Keep one split; raises `DataError` if it has no rows."

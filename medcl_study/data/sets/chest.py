@@ -24,7 +24,7 @@ from ..reports import read_reports, usable_text
 from .base import (DataSet, check_groups, check_labels, mark_twin, need_folder, read_table, source_of,
                                         twin_samples, write_table)
 
-# %% ../../../nbs/17d_chest.ipynb #e7594ca1
+# %% ../../../nbs/17d_chest.ipynb #5c6fcc21
 class Flow:
     "Counts the rows and groups that are left after each step of reading."
     def __init__(self): self.steps = []
@@ -37,9 +37,8 @@ class Flow:
     def corpus(self, frame, folder, **options) -> Corpus:
         "Make a corpus that carries the counts; raises `DataError` if no row is left."
         if frame.empty: raise DataError(f'no row is left after {self.steps[-1]["step"]!r}', file=folder)
-        corpus = Corpus(frame.assign(modality='chest X-ray'), source=source_of(folder), root=Path(folder), **options)
-        corpus.flow = pd.DataFrame(self.steps, columns=['step', 'rows', 'groups'])
-        return corpus
+        flow = pd.DataFrame(self.steps, columns=['step', 'rows', 'groups'])
+        return Corpus(frame.assign(modality='chest X-ray'), source=source_of(folder), root=Path(folder), flow=flow, **options)
 
 # %% ../../../nbs/17d_chest.ipynb #10e789ea
 OBSERVATIONS = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture', 'Lung Lesion',

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEAD_LINKS', 'LITERATURE', 'read_pmc_oa', 'pmc_oa_twin', 'read_quilt_1m', 'quilt_1m_twin', 'read_roco', 'roco_twin',
-           'EmbeddedImages', 'read_roco_v2', 'roco_v2_twin', 'read_deepeyenet', 'deepeyenet_twin']
+           'read_roco_v2', 'roco_v2_twin', 'read_deepeyenet', 'deepeyenet_twin']
 
-# %% ../../../nbs/17e_literature.ipynb #0ac58d45
+# %% ../../../nbs/17e_literature.ipynb #0efaa5b3
 import io
 import itertools
 import json
 import os
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ...core import DataError, atomic, content_hash, generator, write_json
-from ..images import read_image
 from ..pairs import Corpus, split_groups
-from .base import (DataSet, Remote, check_labels, mark_twin, need_file, need_folder, read_table,
+from .base import (DataSet, EmbeddedImages, Remote, check_labels, mark_twin, need_file, need_folder, read_table,
                                         source_of, twin_samples)
 
-# %% ../../../nbs/17e_literature.ipynb #a81c14e6
+# %% ../../../nbs/17e_literature.ipynb #144d0ea6
 DEAD_LINKS = 0.01 # share of listed images that may be missing: figures that their publisher moved or withdrew
 
 
 def _tables(folder, files, columns):
     "Read tables into one frame; adds `file`, `row` (as an editor shows it) and the `split` each file stands for."
     def read(file, split):
-        raw, first = (_read_lines(folder / file, columns), 1) if file.endswith('.jsonl') else (read_table(folder / file, columns), 2)
+        raw, first = (_read_lines(folder / file, columns), 1) if file.endswith('.jsonl') else (read_table(folder / file, columns, only=True), 2)
         for o in columns: _check_text(raw[o], folder / file, first, required=o != 'caption')
         return raw.assign(file=file, row=np.arange(len(raw)) + first, **({'split': split} if split else {}))
     return pd.concat([read(*o) for o in files.items()], ignore_index=True)
@@ -255,50 +253,7 @@ def roco_twin(
     for split, rows in tables.items(): _write_csv(folder/_ROCO[split][0]/f'radiology{_ROCO[split][1]}data.csv', pd.DataFrame(rows))
     mark_twin(folder, 'roco', n, seed)
 
-# %% ../../../nbs/17e_literature.ipynb #d5992440
-class EmbeddedImages:
-    "Image files inside Parquet tables, decoded when asked for; numbering with an array of rows keeps those rows."
-    def __init__(self,
-        files, # paths of .parquet files, in order
-        column: str = 'image', # structs of `bytes` and `path`
-        rows=None, # numbers of the rows kept, through all files
-    ):
-        self.files, self.column = tuple(Path(o) for o in files), column
-        self.rows = np.arange(self._ends[-1]) if rows is None else np.asarray(rows)
-        self._held = (None, None) # a row group and its images
-
-    @cached_property
-    def _groups(self): # (file number, row group, rows) of every row group
-        about = [pq.read_metadata(need_file(o)) for o in self.files]
-        return [(f, g, o.row_group(g).num_rows) for f, o in enumerate(about) for g in range(o.num_row_groups)]
-
-    @cached_property
-    def _ends(self): return np.cumsum([n for *_, n in self._groups])
-
-    def __len__(self): return len(self.rows)
-    def __getstate__(self): return vars(self) | {'_held': (None, None)} # a worker reads its own row groups
-
-    def __getitem__(self, i):
-        if not isinstance(i, (int, np.integer)): return EmbeddedImages(self.files, self.column, self.rows[i])
-        group = int(np.searchsorted(self._ends, self.rows[i], side='right'))
-        file, number, n = self._groups[group]
-        if self._held[0] != group:
-            table = pq.ParquetFile(self.files[file]).read_row_group(number, columns=[self.column])
-            self._held = group, table[self.column].combine_chunks()
-        cell = self._held[1][int(self.rows[i]) - (self._ends[group] - n)].as_py()
-        try: return read_image(cell['bytes'])
-        except (DataError, TypeError) as e:
-            raise DataError(getattr(e, 'what', 'no image bytes'), file=self.files[file],
-                            row=1 + int(self.rows[i]) - self._start(file), remedy='Download it again.') from None
-
-    def _start(self, file): return sum(n for f, _, n in self._groups if f < file)
-
-    def hash(self) -> str:
-        "Hash which files these are, by size and time of change, and which rows are kept."
-        stats = [(o.name, (s := o.stat()).st_size, s.st_mtime_ns) for o in self.files]
-        return content_hash(stats, self.column, self.rows)
-
-# %% ../../../nbs/17e_literature.ipynb #701c8ada
+# %% ../../../nbs/17e_literature.ipynb #d77526f5
 def read_roco_v2(
     folder, # holds data/train-*.parquet, data/validation-*.parquet and data/test-*.parquet
 ) -> Corpus:
@@ -307,7 +262,7 @@ def read_roco_v2(
     files = {o.relative_to(folder).as_posix(): split for split, (long, _) in _ROCO.items()
              for o in _parts(folder / 'data', long)}
     def read(file, split):
-        table = _read_columns(folder / file, columns, also='image')
+        table = read_table(folder / file, columns, only=True)
         return table.assign(file=file, row=np.arange(len(table)) + 1, split=split)
     raw = pd.concat([read(*o) for o in files.items()], ignore_index=True)
     raw = raw.assign(image=raw.image_id, text=raw.caption, group='', cui=[';'.join(o) for o in raw.cui])
@@ -320,16 +275,6 @@ def _parts(folder, name):
     found = sorted(need_folder(folder).glob(f'{name}-*-of-*.parquet'))
     total = int(found[0].stem.rpartition('-')[2]) if found else 1
     return [need_file(folder / f'{name}-{i:05d}-of-{total:05d}.parquet') for i in range(total)]
-
-
-def _read_columns(path, columns, *, also):
-    "Read some columns of a Parquet table that must also have another one; raises `DataError`."
-    try: schema = pq.read_schema(need_file(path))
-    except (OSError, pa.ArrowInvalid) as e: raise DataError(f'not a readable Parquet file ({e})', file=path, remedy='Download it again.') from None
-    if missing := [o for o in (*columns, also) if o not in schema.names]:
-        raise DataError(f'no column {", ".join(map(repr, missing))}; the columns are {schema.names}', file=path,
-                        remedy='Rename them, or download the file again.')
-    return pq.read_table(path, columns=list(columns)).to_pandas()
 
 
 def roco_v2_twin(
