@@ -9,7 +9,7 @@ __all__ = ['BASELINES', 'PROTOCOLS', 'SCORED_SEED', 'LEAST_SPEARMAN', 'FEW_DRAWS
            'predictions_path', 'finished', 'run', 'tuned_rate', 'study_runs', 'unavailable', 'prepare', 'plan',
            'run_study', 'overrides', 'main']
 
-# %% ../nbs/70_experiment.ipynb #01c05039
+# %% ../nbs/70_experiment.ipynb #c72baf7c
 import argparse
 import contextlib
 import dataclasses
@@ -38,6 +38,7 @@ from .data.loaders import PairDataset, PairStream, pair_loaders
 from .data.pairs import read_manifest
 from .data.phantom import MODALITIES, phantom_corpus
 from .data.corpora import MANIFESTS, mixture
+from .data.shards import ShardStream, read_index
 from .data.sets.sample import SAMPLE_SETS, sample_corpus, sample_pairs, sample_prompts
 from .data.tasks import CLASSIFICATION, SUITES, TASKS, read_task
 from .data.text import PROMPTS, Tokenizer, minilm_folder
@@ -57,7 +58,7 @@ from .results import write_examples
 from .stats import estimate, resample
 from .trainer import TrainConfig, process_group, train
 
-# %% ../nbs/70_experiment.ipynb #2e5068de
+# %% ../nbs/70_experiment.ipynb #912d651e
 BASELINES = { # rows of a study that are not pretrained
     'random_init': 'Untrained encoder',
     'shortcuts': 'No encoder',
@@ -69,7 +70,7 @@ class Run:
     "Everything that decides a result; the defaults are the baseline of the `quick` study."
     method: str = 'clip' # row of METHODS or of BASELINES
     seed: int = 0 # initialisation, order, masks, and the stream of phantoms
-    data: str = 'phantom' # 'phantom', 'sample' (public real sample), a manifest below MEDCL_DATA, or corpora: '2*roco+pmc_oa:50000'
+    data: str = 'phantom' # 'sample' (public real sample), a manifest below MEDCL_DATA, corpora: '2*roco+pmc_oa:50000', or 'shards/NAME'
     columns: str = '' # of a manifest, ours=theirs: 'text=caption,group=patient'
     modality: str = 'chest' # of the phantoms; a key of MODALITIES, or 'mixed'
     train_pairs: int = 4000 # phantoms in an epoch
@@ -139,7 +140,7 @@ def make_run(
     whole = lambda k, v: isinstance(known[k], float) and isinstance(v, int) and not isinstance(v, bool)
     return Run(**{k: float(v) if whole(k, v) else tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
-# %% ../nbs/70_experiment.ipynb #d24167d2
+# %% ../nbs/70_experiment.ipynb #169a44fe
 @dataclass(frozen=True)
 class Part:
     "One split: its samples, and where their pixels are."
@@ -196,8 +197,12 @@ def _pairs(run):
     "Read the corpus a run is trained on; for phantoms there is nothing to read."
     if run.data == 'sample': return sample_pairs()
     if Path(run.data).suffix in MANIFESTS: return read_manifest(data_root()/run.data, columns=_columns(run.columns))
+    if _sharded(run): raise ValueError(f"data is {run.data!r}: shards are trained on, not scored; leave 'pairs/retrieval' out of tasks")
     weights, caps = _corpora(run.data)
     return mixture(weights, caps=caps)
+
+
+def _sharded(run): return run.data.startswith('shards/')
 
 
 def pair_part(run: Run, split: str) -> Part:
@@ -211,6 +216,7 @@ def data_hash(run: Run) -> str:
     "Hash the data of a run without reading a pixel: manifests for real data, settings for phantoms."
     names = sorted({o.partition('/')[0] for o in run.tasks} - {'pairs', 'phantom'})
     real = [_set_corpus(o).hash() for o in names]
+    if _sharded(run): return content_hash(real, [o['sha256'] for o in read_index(work_folder()/run.data)['shards']])
     return content_hash(real, 'phantom' if run.data == 'phantom' else _pairs(run).hash())
 
 # %% ../nbs/70_experiment.ipynb #0095e09d
@@ -279,7 +285,7 @@ def _retrieval_task(run, name):
     return part, Task(name, 'retrieval', modality=run.modality if run.data == 'phantom' else 'mixed', source=part.corpus.source,
                       split='held-out groups')
 
-# %% ../nbs/70_experiment.ipynb #21a25c39
+# %% ../nbs/70_experiment.ipynb #963503d6
 class Unavailable(RuntimeError):
     "Something a run needs cannot be had on this machine; the message says how to get it."
 
@@ -305,6 +311,7 @@ def _text_parts(run, texts):
 
 def _train_texts(run):
     "List the texts of one epoch, without making an image."
+    if _sharded(run): return list(_shards(run, 'train').table().text)
     corpus = _phantoms(run, 'train', run.train_pairs) if run.data == 'phantom' else _pairs(run).split('train')
     return list(corpus.frame.text)
 
@@ -335,7 +342,7 @@ def make_encoder(run: Run) -> DualEncoder:
         raise Unavailable(f'{run.method} keeps the text tower as it is, so it needs a pretrained one: text_tower minilm_2')
     return encoder.freeze(lock_image=method.lock_image, lock_text=method.lock_text).ask(**method.wishes)
 
-# %% ../nbs/70_experiment.ipynb #b4500ff2
+# %% ../nbs/70_experiment.ipynb #ea0441fc
 def _dataset(run, part, tokenizer):
     "Tokenize a part and join it with its pixels."
     tokens = tokenizer(list(part.corpus.frame.text), max_tokens=run.max_tokens)
@@ -343,7 +350,19 @@ def _dataset(run, part, tokenizer):
                        augmentation=run.augmentation, views=find_method(run.method).views)
 
 
+def _shards(run, split, tokenizer=None):
+    "Stream one split of the shards in the work folder, where `medcl_data pack` puts them."
+    return ShardStream(work_folder()/run.data, split, tokenizer=tokenizer, max_tokens=run.max_tokens, size=run.image_size,
+                       channels=run.channels, augmentation=run.augmentation, views=find_method(run.method).views,
+                       seed=seed_from('augment', run.seed))
+
+
+def _valid_data(run, tokenizer):
+    return _shards(run, 'valid', tokenizer) if _sharded(run) else _dataset(run, pair_part(run, 'valid'), tokenizer)
+
+
 def _train_data(run, tokenizer):
+    if _sharded(run): return _shards(run, 'train', tokenizer)
     if not (run.data == 'phantom' and run.stream): return _dataset(run, pair_part(run, 'train'), tokenizer)
 
     def make(epoch):
@@ -364,9 +383,8 @@ def pretrain(
     data = _train_data(run, encoder.tokenizer)
     if isinstance(data, PairDataset):
         encoder.remember(images=data.images if data.augmentation == 'none' else None, tokens=data.tokens)
-    loaders = pair_loaders(data, _dataset(run, pair_part(run, 'valid'), encoder.tokenizer),
-                           batch_size=run.batch_size, seed=run.seed, workers=run.workers, rank=rank(), world=world_size(),
-                           device=device)
+    loaders = pair_loaders(data, _valid_data(run, encoder.tokenizer), batch_size=run.batch_size,
+                           seed=run.seed, workers=run.workers, rank=rank(), world=world_size(), device=device)
     config = TrainConfig(epochs=run.epochs, batch_size=run.batch_size, accumulation=run.accumulation, lr=run.lr,
                          weight_decay=run.weight_decay, warmup=run.warmup, clip_norm=run.clip_norm or None,
                          precision=run.precision, seed=seed_from('train', run.seed), save_every=25)
@@ -454,7 +472,7 @@ def _evaluate_shortcuts(run):
         frames.append(shortcuts(o.task, {k: v.corpus for k, v in parts.items()}, images={k: v.images for k, v in parts.items()}))
     return concat_predictions(frames)
 
-# %% ../nbs/70_experiment.ipynb #b233e9ff
+# %% ../nbs/70_experiment.ipynb #a503e5ff
 OPEN_TIERS = ('A',) # licence tiers of the sample whose images may be shown
 
 
@@ -501,11 +519,10 @@ def _sample_examples(encoder, part, count=6, found=5):
 
 def _examples(run, encoder, path):
     "Save the pictures of a run, where it has any."
-    part = pair_part(run, 'test')
     if run.data == 'phantom' and run.modality != 'mixed':
-        found, credit = _phantom_examples(encoder, part), 'Phantoms of this project.'
+        found, credit = _phantom_examples(encoder, pair_part(run, 'test')), 'Phantoms of this project.'
     elif run.data == 'sample':
-        found = _sample_examples(encoder, part)
+        found = _sample_examples(encoder, pair_part(run, 'test'))
         credit = ('COVID-19 Image Data Collection (Cohen et al., arXiv:2006.11988) and POCUS (Born et al., Appl. Sci. 2021 11(2) 672), '
                   'images under CC BY or CC BY-SA, down-sized.')
     else: found = {}
@@ -551,7 +568,7 @@ def _launch(run, folder):
         for line in process.stdout: print(line, end='')
     if process.returncode: raise RuntimeError(f'training in {run.devices} processes failed with exit code {process.returncode}')
 
-# %% ../nbs/70_experiment.ipynb #47c7b079
+# %% ../nbs/70_experiment.ipynb #4f2fdde1
 def _results(run, folder, examples, progress):
     "Return (predictions, history, integrity) of a run, and save its pictures as `examples`."
     if run.method == 'shortcuts': return _evaluate_shortcuts(run), [], {}
@@ -565,10 +582,16 @@ def _results(run, folder, examples, progress):
 def _record(run, name, frame, history, integrity, seconds):
     "Describe a finished run; see the module's design for the fields."
     environ, tasks = environment(), frame.attrs['tasks']
-    sources = sorted({o['source'] for o in tasks.values()})
+    sources = sorted({o['source'] for o in tasks.values()} | ({_trained_on(run)} if run.trained else set()))
     return {'id': name, 'run': run, 'source': '+'.join(sources), 'data': {'hash': data_hash(run)}, 'seconds': seconds,
             'peak_mb': _peak_mb(), **environ, 'tasks': score(frame), 'history': history,
             **({'integrity': integrity} if integrity else {})}
+
+
+def _trained_on(run):
+    "Say whether the pairs of a run are phantoms, twins or real."
+    if run.data == 'phantom': return 'phantom'
+    return read_index(work_folder()/run.data)['source'] if _sharded(run) else _pairs(run).source
 
 
 def _peak_mb():
@@ -606,7 +629,7 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #21d1ab9b
+# %% ../nbs/70_experiment.ipynb #69b89e39
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -697,17 +720,17 @@ def unavailable(run: Run) -> str:
     "Say why a run cannot be done on this machine; '' if it can."
     try:
         if run.trained and find_method(run.method).lock_text is not None: _text_parts(run, list)
-        if run.data != 'phantom' or _sets(run): data_root()
+        if not (run.data == 'phantom' or _sharded(run)) or _sets(run): data_root()
     except (Unavailable, DataError) as e: return str(e)
     return ''
 
-# %% ../nbs/70_experiment.ipynb #d42449b0
+# %% ../nbs/70_experiment.ipynb #2e70a034
 def prepare(study: str):
     "Pack the images and train the general image tower that the runs of a study share."
     for run in {dataclasses.replace(o, method='clip', seed=0): o for o in study_runs(study)}:
         if unavailable(run): continue
         splits = ('valid', 'test') if run.stream and run.data == 'phantom' and not _probes(run) else ('train', 'valid', 'test')
-        for split in splits: pair_part(run, split)
+        for split in () if _sharded(run) else splits: pair_part(run, split)
         for name in _sets(run):
             for split in _set_corpus(name).frame.split.unique(): evaluation_set(name, run).part(split)
         if run.image_init in ('general', 'medical'): _image_weights(run)

@@ -193,3 +193,15 @@ def test_unlabelled_rows_are_not_scored(twins, tmp_path, monkeypatch):
     monkeypatch.setenv('MEDCL_WORK', str(tmp_path))
     part = evaluation_set('chexpert', make_run(TINY)).part('test')
     assert len(part.corpus) == len(part.images) and not part.corpus.frame.labels.isna().any()
+
+
+def test_training_from_shards_is_training_from_the_corpus(twins, tmp_path, monkeypatch):
+    from medcl_study.data.shards import pack_shards
+    monkeypatch.setenv('MEDCL_DATA', str(twins))
+    monkeypatch.setenv('MEDCL_WORK', str(tmp_path))
+    pack_shards('roco')
+    settings = make_run(TINY | {'data': 'shards/roco', 'tasks': ['bach/zeroshot'], 'epochs': 1, 'channels': 3, 'batch_size': 8})
+    record = run(settings, reports=tmp_path/'reports')
+    assert record['source'] == 'twin' and record['history']
+    with pytest.raises(ValueError, match='not scored'): pair_part(settings, 'test')
+    with pytest.raises(DataError): run_id(make_run(vars(settings) | {'data': 'shards/nothing'}))
