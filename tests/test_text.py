@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from medcl_study.core import DataError, data_root
+from medcl_study.core import DataError, content_hash, data_root
+from medcl_study.data.tasks import TASKS
 from medcl_study.data.text import (HEADERS, PROMPTS, Tokenizer, clean_text, minilm_folder, prompts_for, report_text, sections,
                                    split_sentences)
 
@@ -234,13 +235,33 @@ def test_minilm_equals_transformers(tmp_path):
 
 def test_prompt_sets():
     for name, prompt_set in PROMPTS.items():
-        assert re.fullmatch(r'(released|ours)-v1/\w+', name)
+        assert re.fullmatch(r'(released-v1|ours-v[12])/\w+', name)
         for positive in prompts_for(['a_b'], prompt_set): assert all('a b' in o for o in positive)
     for group in {o.split('/')[1] for o in PROMPTS if o.startswith('released')} - {'pathmnist', 'pneumoniamnist'}:
         assert f'ours-v1/{group}' in PROMPTS
     assert prompts_for(['pneumonia'], PROMPTS['released-v1/pneumoniamnist'])[0] == [
         'a chest radiology image showing pneumonia', 'x-ray image of pneumonia', 'chest x-ray showing pneumonia',
         'evidence of pneumonia on x-ray image']
+
+
+def test_wordings_that_scores_were_published_with_stay():
+    "What is found wanting becomes a new version: scores name the version they were made with."
+    held = {k: [o.templates, o.negatives, sorted(o.classes.items())] for k, o in PROMPTS.items()}
+    known = {v: content_hash({k: o for k, o in held.items() if k.startswith(v)}) for v in ('released-v1/', 'ours-v1/')}
+    assert known == {'released-v1/': 'f15aa977fbfea3c9', 'ours-v1/': 'cfdee91f74676a8b'}
+
+
+@pytest.mark.parametrize('name', [k for k, o in TASKS.items() if o.classes])
+def test_every_class_of_every_task_reads_as_a_sentence(name):
+    task, prompts = TASKS[name], PROMPTS[TASKS[name].prompt_sets[0]]
+    positive, negative = (prompts_for(task.classes, prompts, negative=o) for o in (False, True))
+    assert len({tuple(o) for o in positive}) == len(task.classes)
+    assert all(not set(a) & set(b) for a, b in zip(positive, negative)), 'a negative that says what the positive says'
+    texts = [t for o in (*positive, *negative) for t in o]
+    if task.kind in ('multilabel', 'localized'):
+        assert not [t for t in texts if re.search(r'\b(no|without) (no|normal)\b', t)], 'a double negation'
+    if prompts in [v for k, v in PROMPTS.items() if k.startswith('ours-v2')]:
+        assert not [t for t in texts if re.search(r'NPDR|No Finding|\w-(left|right)\b|[a-z]\(|\ba [aeiou]', t)], 'a code, not words'
 
 
 # ---- real reports

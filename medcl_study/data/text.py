@@ -355,7 +355,7 @@ def load(cls: Tokenizer,
     special = {o: getattr(fast, o) for o in _ROLES if getattr(fast, o, None)}
     return cls(fast.backend_tokenizer, special, max_tokens=min(fast.model_max_length, 4096))
 
-# %% ../../nbs/12_text.ipynb #9c15c9b0
+# %% ../../nbs/12_text.ipynb #4425cb41
 @dataclass(frozen=True)
 class PromptSet:
     "Templates and class wordings for one group of tasks."
@@ -363,6 +363,7 @@ class PromptSet:
     negatives: tuple[str, ...] = () # what holds if the class does not; each with one {c}
     classes: dict[str, str] = field(default_factory=dict) # class name → wording, where they differ
     source: str = '' # where the wording comes from
+    opposites: dict[str, str] = field(default_factory=dict) # class name → what holds if it does not, where "no" reads badly
 
     def __post_init__(self):
         bad = [o for o in (*self.templates, *self.negatives) if o.count('{c}') != 1]
@@ -376,10 +377,13 @@ def prompts_for(
     negative: bool = False, # use the negative templates
 ) -> list[list[str]]: # one list of prompts per class
     "Fill every template with every class; raises `ValueError` if negatives are asked for and there are none."
-    templates = prompt_set.negatives if negative else prompt_set.templates
-    if not templates: raise ValueError('this prompt set has no negative templates; use the positive ones alone')
-    wording = [prompt_set.classes.get(o, o.replace('_', ' ')) for o in classes]
-    return [[t.replace('{c}', o) for t in templates] for o in wording]
+    if negative and not prompt_set.negatives:
+        raise ValueError('this prompt set has no negative templates; use the positive ones alone')
+    def fill(o):
+        if negative and o in prompt_set.opposites: templates, words = prompt_set.templates, prompt_set.opposites[o]
+        else: templates, words = prompt_set.negatives if negative else prompt_set.templates, prompt_set.classes.get(o, o.replace('_', ' '))
+        return [t.replace('{c}', words) for t in templates]
+    return [fill(o) for o in classes]
 
 # %% ../../nbs/12_text.ipynb #8e585aea
 _RELEASED = {
@@ -406,7 +410,7 @@ _RELEASED = {
     'abdomen_ct': 'an abdominal CT scan showing {c}|CT image of {c}|x-ray image showing {c}|presence of {c} on CT image',
 }
 
-# %% ../../nbs/12_text.ipynb #dd6aec12
+# %% ../../nbs/12_text.ipynb #59068fe3
 _CHEST = {'Effusion': 'pleural effusion', 'Infiltration': 'pulmonary infiltrate', 'Mass': 'lung mass',
           'Nodule': 'pulmonary nodule', 'Edema': 'pulmonary edema', 'Hernia': 'hiatal hernia',
           'Pleural_Thickening': 'pleural thickening',
@@ -446,9 +450,66 @@ _OURS = { # group: (positive, negative, class wording)
                'kidney cortex without {c}|microscopic image without {c}|renal tissue without {c}|no {c}', {}),
 }
 
+# %% ../../nbs/12_text.ipynb #034d4452
+_SKIN_2 = {k: v for words in (
+    _SKIN, {'Actinic Keratoses and Intraepithelial Carcinoma': _SKIN['akiec'], 'Benign Keratosis-like Lesions': _SKIN['bkl'],
+            'Melanocytic Nevi': _SKIN['nv'], 'Vascular Lesions': _SKIN['vasc'], 'Basal Cell Carcinoma': _SKIN['bcc'],
+            'Melanoma': _SKIN['mel'], 'Dermatofibroma': _SKIN['df'], 'Squamous Cell Carcinoma': _SKIN['SCC'],
+            'Actinic Keratosis': _SKIN['ACK'], 'Nevus': _SKIN['NEV'], 'Seborrheic Keratosis': _SKIN['SEK']})
+    for name, v in words.items() for k in (name, name.lower())}
+_CHEST_2 = {k: v for name, v in _CHEST.items() for k in (name, name.lower())} | {
+    'infiltrate': 'pulmonary infiltrate', 'opacity': 'lung opacity', 'Pleural Other': 'pleural abnormality other than effusion',
+    'Enlarged Cardiomediastinum': 'enlarged cardiomediastinal silhouette', **{o: o.lower() for o in (
+        'Atelectasis', 'Cardiomegaly', 'Consolidation', 'Fracture', 'Lung Lesion', 'Lung Opacity', 'Pleural Effusion', 'Pneumonia',
+        'Pneumothorax', 'Support Devices')}}
+_TISSUE = {
+    'breast non-malignant benign tissue': 'benign breast lesion', 'breast malignant in-situ carcinoma': 'breast carcinoma in situ',
+    'breast malignant invasive carcinoma': 'invasive breast carcinoma', 'breast normal breast tissue': 'normal breast tissue',
+    'benign lung': 'benign lung tissue', 'adipose': 'adipose tissue', 'background': 'empty background', 'debris': 'necrotic debris',
+    'lymph node': 'lymph node tissue without tumor', 'lymph node containing metastatic tumor tissue': 'lymph node metastasis',
+    'benign glands': 'benign prostate glands',
+    'atrophic dense glands': 'prostate cancer with dense, atrophic glands, Gleason pattern 3',
+    'cribriform ill-formed fused papillary patterns': 'prostate cancer with cribriform, fused or papillary glands, Gleason pattern 4',
+    'isolated nest cells without lumen roseting patterns': 'prostate cancer with isolated cells or nests without lumen, Gleason pattern 5'}
+_TISSUE_NOT = {
+    'breast non-malignant benign tissue': 'breast cancer', 'breast normal breast tissue': 'abnormal breast tissue',
+    'benign colonic tissue': 'malignant colonic tissue', 'benign lung': 'lung cancer', 'normal colon mucosa': 'abnormal colon tissue',
+    'background': 'tissue', 'lymph node': 'lymph node metastasis', 'benign glands': 'prostate cancer',
+    'lymph node containing metastatic tumor tissue': 'lymph node tissue without tumor'}
+_NPDR = 'NPDR, non-proliferative diabetic retinopathy'
+_OURS_2 = { # group: (positive, negative, class wording, opposites)
+    'chest': (*_OURS['chest'][:2], _CHEST_2, dict.fromkeys(('No Finding', 'normal'), 'an acute abnormality')),
+    'histology': (*_OURS['histology'][:2], _TISSUE, _TISSUE_NOT),
+    'dermatology': ('dermoscopy of {c}|dermatoscopic image showing {c}|skin lesion: {c}|{c}',
+                    'dermoscopy without {c}|dermatoscopic image showing no {c}|skin lesion, not {c}|no {c}', _SKIN_2, {}),
+    'skin_photo': ('clinical photograph of {c}|close-up photo of the skin showing {c}|skin lesion: {c}|{c}',
+                   'clinical photograph without {c}|close-up photo of the skin showing no {c}|skin lesion, not {c}|no {c}', _SKIN_2, {}),
+    'fundus': (*_OURS['fundus'][:2],
+               {f'{o} {_NPDR}': f'{o} non-proliferative diabetic retinopathy' for o in ('mild', 'moderate', 'severe')}
+               | {'PDR, proliferative diabetic retinopathy': 'proliferative diabetic retinopathy',
+                  'no apparent retinopathy': 'no diabetic retinopathy'}, {'no apparent retinopathy': 'diabetic retinopathy'}),
+    'blood': ('blood smear with {c}|microscopic image of {c}|blood cell: {c}|{c}',
+              'blood smear without {c}|microscopic image without {c}|blood cell, not {c}|no {c}',
+              {'immature granulocytes(myelocytes, metamyelocytes and promyelocytes)':
+               'immature granulocyte (myelocyte, metamyelocyte or promyelocyte)'}, {}),
+    'kidney': (*_OURS['kidney'][:2],
+               {'Collecting Duct, Connecting Tubule': 'collecting duct or connecting tubule',
+                'Distal Convoluted Tubule': 'distal convoluted tubule', 'Leukocytes': 'leukocytes', 'Podocytes': 'podocytes',
+                'Glomerular endothelial cells': 'glomerular endothelial cells',
+                'Interstitial endothelial cells': 'interstitial endothelial cells',
+                'Proximal Tubule Segments': 'proximal tubule', 'Thick Ascending Limb': "thick ascending limb of Henle's loop"}, {}),
+    'abdomen_ct': (*_OURS['abdomen_ct'][:2],
+                   {f'{organ}-{side}': f'{side} {organ}' for organ in ('femur', 'kidney', 'lung') for side in ('left', 'right')}
+                   | {'bladder': 'urinary bladder'}, {}),
+}
+
+
+def _ours(positive, negative, classes, opposites=()):
+    return PromptSet(tuple(positive.split('|')), tuple(negative.split('|')), classes, 'written for this study', dict(opposites))
+
+
 PROMPTS = {
     **{f'released-v1/{k}': PromptSet(tuple(v.split('|')), source='wording of the released study')
        for k, v in _RELEASED.items()},
-    **{f'ours-v1/{k}': PromptSet(tuple(p.split('|')), tuple(n.split('|')), c, source='written for this study')
-       for k, (p, n, c) in _OURS.items()},
+    **{f'{version}/{k}': _ours(*o) for version, sets in (('ours-v1', _OURS), ('ours-v2', _OURS_2)) for k, o in sets.items()},
 }

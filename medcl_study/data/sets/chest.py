@@ -439,7 +439,7 @@ def chexpert_twin(folder, n: int = 64, seed: int = 0):
     for part, rows in tables.items(): write_table(folder/f'CheXpert-v1.0-small/{part}.csv', pd.DataFrame(rows))
     mark_twin(folder, 'chexpert', n, seed)
 
-# %% ../../../nbs/17d_chest.ipynb #5891eb57
+# %% ../../../nbs/17d_chest.ipynb #e0c7c93a
 _MIMIC = {
     'modality': 'chest X-ray', 'stands_in': 'chest', 'folder': 'mimic_cxr_jpg', 'family': 'mimic_cxr', 'group': 'patient',
     'citation': 'Johnson et al., MIMIC-CXR-JPG, arXiv:1901.07042, 2019; Johnson et al., MIMIC-CXR, Scientific Data 6:317, 2019',
@@ -453,7 +453,7 @@ _CHEXPERT = {
     'licence': 'Stanford University Dataset Research Use Agreement', 'access': 'request',
     'url': 'https://stanfordmlgroup.github.io/competitions/chexpert/', 'write_twin': chexpert_twin,
     'steps': 'Extract CheXpert-v1.0-small.zip in chexpert/.'}
-_PROMPT_SETS = ('ours-v1/chest', 'released-v1/chest')
+_PROMPT_SETS = ('ours-v2/chest', 'released-v1/chest')
 _OFFICIAL = 'official, by patient; without the patients of mimic_5x200 outside test'
 _TEXTS = ('The text of a report is its findings and impression, as sectioned by us; reports without '
           'are left out and counted. Official images of any view: 368,960 / 2,991 / 5,159, of 222,758 / 1,808 / 3,269 studies. ')

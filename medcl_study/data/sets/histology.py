@@ -362,19 +362,19 @@ def sicap_twin(folder, n: int = 64, seed: int = 0):
                                                       'Gleason_primary': 3, 'Gleason_secondary': 4}))
     mark_twin(folder, 'sicap', n, seed)
 
-# %% ../../../nbs/17a_histology.ipynb #c113cee8
+# %% ../../../nbs/17a_histology.ipynb #d21a5518
 _ZENODO = 'https://zenodo.org/records/{}/files/{}'
 _LC25000 = { # what both organs share
     'write_twin': lc25000_twin, 'modality': 'histology', 'stands_in': 'histology', 'folder': 'lc25000', 'family': 'lc25000',
     'citation': 'Borkowski et al., arXiv:1912.12142; tiles grouped by Batchkala, Li, Rittscher, LC25000-clean, MICCAI DEMI 2024',
     'licence': 'none stated; citation requested', 'access': 'open', 'url': 'https://github.com/tampapath/lung_colon_image_set',
-    'prompt_sets': ('ours-v1/histology', 'released-v1/histology'), 'group': 'tile',
+    'prompt_sets': ('ours-v2/histology', 'released-v1/histology'), 'group': 'tile',
     'split': 'four fifths of the tiles of each class to train, seed 0; all to test where nobody grouped the tiles',
     'steps': 'Extract LC25000.zip into lc25000/. Put the folder annotations/ of github.com/GeorgeBatch/LC25000-clean there too (it has no '
              'licence: use it, do not pass it on), or run medcl_study.data.sets.histology.group_tiles on the folder once.',
     'note': '5,000 images per class show some 250 tiles: results of random splits are void. How many images each split has depends on the '
             'grouping. Without one, zero-shot only.'}
-_HISTOLOGY = {'modality': 'histology', 'stands_in': 'histology', 'prompt_sets': ('ours-v1/histology', 'released-v1/histology')}
+_HISTOLOGY = {'modality': 'histology', 'stands_in': 'histology', 'prompt_sets': ('ours-v2/histology', 'released-v1/histology')}
 
 HISTOLOGY = {o.name: o for o in (
     DataSet(

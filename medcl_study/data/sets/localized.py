@@ -636,9 +636,9 @@ def fraction(
     left_out = train.index[(middle >= share) & (middle > least)]
     return corpus.select(~corpus.frame.index.isin(left_out))
 
-# %% ../../../nbs/17f_localized.ipynb #8fbea234
+# %% ../../../nbs/17f_localized.ipynb #f0059f1a
 _COMMON = dict(kind='localized', modality='chest X-ray', stands_in='chest',
-               prompt_sets=('ours-v1/chest', 'released-v1/chest'))
+               prompt_sets=('ours-v2/chest', 'released-v1/chest'))
 
 LOCALIZED = {o.name: o for o in (
     DataSet('rsna_pneumonia', 'RSNA Pneumonia Detection Challenge, stage 2', read=read_rsna_pneumonia,

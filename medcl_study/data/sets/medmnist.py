@@ -141,7 +141,7 @@ def _twin_rows(o, number, samples): # → uint8 (n, classes)
         if k: row[k - 1] = 1
     return rows
 
-# %% ../../../nbs/17b_medmnist.ipynb #fa4923d7
+# %% ../../../nbs/17b_medmnist.ipynb #73068419
 _URL = 'https://zenodo.org/records/10519652/files'
 _ORGANS = ('bladder', 'femur-left', 'femur-right', 'heart', 'kidney-left', 'kidney-right', 'liver', 'lung-left', 'lung-right',
            'pancreas', 'spleen')
@@ -162,7 +162,7 @@ def _organs(plane, letter, md5, counts):
     "Make the row of one plane of the CT scans."
     return _row(
         f'organ{letter}mnist', md5, title=f'Organ{letter.upper()}MNIST', kind='multiclass', modality=f'abdominal CT, {plane}',
-        stands_in='ct', classes=_ORGANS, counts=counts, family='lits', prompts='ours-v1/abdomen_ct released-v1/abdomen_ct',
+        stands_in='ct', classes=_ORGANS, counts=counts, family='lits', prompts='ours-v2/abdomen_ct released-v1/abdomen_ct',
         split='official, by scan (115, 16 and 70)', citation='Bilic et al., LiTS, Medical Image Analysis 84:102680, 2023; '
         'Xu et al., IEEE Transactions on Medical Imaging 38(8), 2019',
         note='The three planes are of the same scans. Left and right are classes: images must not be mirrored.')
@@ -170,7 +170,7 @@ def _organs(plane, letter, md5, counts):
 
 MEDMNIST = {o.name: o for o in (
     _row('pathmnist', '2c51a510bcdc9cf8ddb2af93af1eadec', title='PathMNIST', kind='multiclass', modality='histology',
-         stands_in='histology', family='crc', counts=(89996, 10004, 7180), prompts='ours-v1/histology released-v1/pathmnist',
+         stands_in='histology', family='crc', counts=(89996, 10004, 7180), prompts='ours-v2/histology released-v1/pathmnist',
          classes=('adipose', 'background', 'debris', 'lymphocytes', 'mucus', 'smooth muscle', 'normal colon mucosa',
                   'cancer-associated stroma', 'colorectal adenocarcinoma epithelium'),
          split='official: NCT-CRC-HE-100K 9:1 at random by patch, tested on CRC-VAL-HE-7K of another centre',
@@ -178,7 +178,7 @@ MEDMNIST = {o.name: o for o in (
          note='Train and valid share slides, so valid flatters. The test images are those of nck, with one class more.'),
     _row('dermamnist', '8974907d8e169bef5f5b96bc506ae45d', title='DermaMNIST', kind='multiclass', modality='dermoscopy',
          stands_in='dermoscopy', family='ham10000', counts=(7007, 1003, 2005), licence='CC BY-NC 4.0',
-         prompts='ours-v1/dermatology released-v1/dermatology',
+         prompts='ours-v2/dermatology released-v1/dermatology',
          classes=('actinic keratoses and intraepithelial carcinoma', 'basal cell carcinoma', 'benign keratosis-like lesions',
                   'dermatofibroma', 'melanoma', 'melanocytic nevi', 'vascular lesions'),
          split='official: 7:1:2 at random by image', citation='Tschandl, Rosendahl, Kittler, Scientific Data 5:180161, 2018',
@@ -192,11 +192,11 @@ MEDMNIST = {o.name: o for o in (
          citation='Kermany et al., Cell 172(5):1122-1131, 2018', note='Patients are not in the file: valid may share them with train.'),
     _row('pneumoniamnist', 'd6a3c71de1b945ea11211b03746c1fe1', title='PneumoniaMNIST', kind='binary', stands_in='chest',
          modality='paediatric chest X-ray', family='kermany_cxr', counts=(4708, 524, 624), classes=('normal', 'pneumonia'),
-         prompts='ours-v1/chest released-v1/pneumoniamnist',
+         prompts='ours-v2/chest released-v1/pneumoniamnist',
          split='official: source train 9:1 at random by image, tested on the source validation set',
          citation='Kermany et al., Cell 172(5):1122-1131, 2018', note='Patients are not in the file: valid may share them with train.'),
     _row('retinamnist', 'eae7e3b6f3fcbda4ae613ebdcbe35348', title='RetinaMNIST', kind='multiclass', modality='fundus photography',
-         stands_in='fundus', counts=(1080, 120, 400), prompts='ours-v1/fundus released-v1/fundus',
+         stands_in='fundus', counts=(1080, 120, 400), prompts='ours-v2/fundus released-v1/fundus',
          classes=('no apparent retinopathy', 'mild NPDR, non-proliferative diabetic retinopathy',
                   'moderate NPDR, non-proliferative diabetic retinopathy', 'severe NPDR, non-proliferative diabetic retinopathy',
                   'PDR, proliferative diabetic retinopathy'),
@@ -210,14 +210,14 @@ MEDMNIST = {o.name: o for o in (
          citation='Al-Dhabyani et al., Data in Brief 28:104863, 2020',
          note='In the file malignant is label 0; here it is the second class, the positive one. No patient numbers.'),
     _row('bloodmnist', 'b718ff6835fcbdb22ba9eacccd7b2601', title='BloodMNIST', kind='multiclass', modality='blood microscopy',
-         stands_in='histology', counts=(11959, 1712, 3421), prompts='ours-v1/blood released-v1/blood',
+         stands_in='histology', counts=(11959, 1712, 3421), prompts='ours-v2/blood released-v1/blood',
          classes=('basophil', 'eosinophil', 'erythroblast',
                   'immature granulocytes(myelocytes, metamyelocytes and promyelocytes)', 'lymphocyte', 'monocyte', 'neutrophil',
                   'platelet'),
          split='official: 7:1:2 at random by cell', citation='Acevedo et al., Data in Brief 30:105474, 2020',
          note='Donors are not in the file: the splits may share them.'),
     _row('tissuemnist', 'b077128c4a949f0a4eb01517f9037b9c', title='TissueMNIST', kind='multiclass', modality='kidney microscopy',
-         stands_in='histology', counts=(165466, 23640, 47280), prompts='ours-v1/kidney released-v1/kidney',
+         stands_in='histology', counts=(165466, 23640, 47280), prompts='ours-v2/kidney released-v1/kidney',
          classes=('Collecting Duct, Connecting Tubule', 'Distal Convoluted Tubule', 'Glomerular endothelial cells',
                   'Interstitial endothelial cells', 'Leukocytes', 'Podocytes', 'Proximal Tubule Segments', 'Thick Ascending Limb'),
          split='official: 7:1:2 at random by cell', citation='BBBC051; Ljosa, Sokolnicki, Carpenter, Nature Methods 9:637, 2012',
@@ -226,7 +226,7 @@ MEDMNIST = {o.name: o for o in (
     _organs('coronal', 'c', '050f5e875dc056f6768abf94ec9995d1', (12975, 2392, 8216)),
     _organs('sagittal', 's', 'b354719e553fbbb2513d5533f52a4cb1', (13932, 2452, 8827)),
     _row('chestmnist', '45bd33e6f06c3e8cdb481c74a89152aa', title='ChestMNIST', kind='multilabel', modality='chest X-ray',
-         stands_in='chest', family='nih_cxr', counts=(78468, 11219, 22433), prompts='ours-v1/chest released-v1/chest',
+         stands_in='chest', family='nih_cxr', counts=(78468, 11219, 22433), prompts='ours-v2/chest released-v1/chest',
          classes=('atelectasis', 'cardiomegaly', 'effusion', 'infiltration', 'mass', 'nodule', 'pneumonia', 'pneumothorax',
                   'consolidation', 'edema', 'emphysema', 'fibrosis', 'pleural', 'hernia'),
          split='official', citation='Wang et al., ChestX-ray8, CVPR 2017',

@@ -234,13 +234,13 @@ def _twin_findings(number, sample):
     return [dict(zip(columns, (str([VINDR_MAMMO[j] for j in part]), 'BI-RADS 4', *box.round(4))))
             for part, box in zip(parts, boxes) if part]
 
-# %% ../../../nbs/17c_skin.ipynb #43cdd60d
+# %% ../../../nbs/17c_skin.ipynb #029af1a0
 SKIN = {o.name: o for o in (
     DataSet(
         'pad_ufes_20', 'PAD-UFES-20', 'multiclass', read_pad_ufes_20, pad_ufes_20_twin, 'clinical photograph', 'dermoscopy',
         citation='Pacheco et al., Data in Brief 32:106221, 2020; doi:10.17632/zr7vgbcyr2.1', licence='CC BY 4.0', access='open',
         url='https://data.mendeley.com/datasets/zr7vgbcyr2/1', classes=tuple(PAD_UFES_20.values()), group='patient',
-        prompt_sets=('ours-v1/dermatology', 'released-v1/dermatology'), split='a fifth of the patients to test, seed 0',
+        prompt_sets=('ours-v2/skin_photo', 'released-v1/dermatology'), split='a fifth of the patients to test, seed 0',
         files=(Remote('https://prod-dcd-datasets-cache-zipfiles.s3.eu-west-1.amazonaws.com/zr7vgbcyr2-1.zip', unpack=True),),
         steps='Extract the archive into pad_ufes_20/, then the three imgs_part_*.zip in its folder images/.',
         note='2,298 images. There is no official split: numbers on random splits by image, some of which trained on test images, are not '
@@ -249,7 +249,7 @@ SKIN = {o.name: o for o in (
         'skin_cancer', 'HAM10000', 'multiclass', read_skin_cancer, skin_cancer_twin, 'dermoscopy', 'dermoscopy', folder='ham10000',
         citation='Tschandl, Rosendahl, Kittler, Scientific Data 5:180161, 2018; doi:10.7910/DVN/DBW86T', family='ham10000',
         licence='CC BY-NC 4.0 (some copies say CC BY-NC-SA 4.0)', access='open', url='https://doi.org/10.7910/DVN/DBW86T',
-        classes=tuple(HAM10000.values()), group='lesion', prompt_sets=('ours-v1/dermatology', 'released-v1/dermatology'),
+        classes=tuple(HAM10000.values()), group='lesion', prompt_sets=('ours-v2/dermatology', 'released-v1/dermatology'),
         split='a fifth of the lesions to test, seed 0',
         steps='From Harvard Dataverse: HAM10000_metadata in its original format, saved as HAM10000_metadata.csv (not the .tab), and '
               'HAM10000_images_part_1.zip (MD5 4639bfa73ab251610530a97c898e6e46) and _part_2.zip (da43d6cc50f6613013be07e8986b384b), each '
