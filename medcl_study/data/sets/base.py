@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -40,11 +41,16 @@ ACCESS = { # what it takes to get a set
 
 @dataclass(frozen=True)
 class Remote:
-    "A file that may be downloaded by anyone."
+    "A file that may be downloaded by anyone; raises `ValueError` for one without a name."
     url: str
     size: int | None = None # bytes, where known
     md5: str = '' # hexadecimal; '' where the publisher gives none
     unpack: bool = False # an archive, to be extracted where it lies
+    name: str = '' # of the file; '' = what the address ends in
+
+    def __post_init__(self):
+        object.__setattr__(self, 'name', self.name or unquote(urlsplit(self.url).path.rpartition('/')[2]))
+        if not self.name or '/' in self.name: raise ValueError(f'{self.url} ends in no file name; give one')
 
 
 @dataclass(frozen=True)

@@ -363,7 +363,7 @@ QUESTIONS = {o.name: o for o in (
         'Lau et al., Scientific Data 5:180251, 2018', 'CC0 1.0', 'open', 'https://osf.io/89kps/',
         split='by case, 70/10/20, seed 0; `official` keeps the split by question', group='case',
         counts={'train': 1_578, 'valid': 217, 'test': 453},
-        files=(Remote('https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip=', unpack=True),),
+        files=(Remote('https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip=', unpack=True, name='vqa_rad.zip'),),
         steps='Extract the archive: the JSON file and the image folder belong into the folder.',
         note='Official split: 1,797 training and 451 test questions (272 closed, 179 open), with 202 of 203 test images also in '
              'training. Images are from MedPix: leave its cases out of pretraining.'),
