@@ -12,8 +12,9 @@ import torch
 
 from medcl_study.core import DataError, Locked, code_hash, lock, read_json
 from medcl_study.encoders.masked import visible_area
-from medcl_study.experiment import (STUDIES, Run, evaluation_set, finished, integrity_check, make_encoder, make_run, overrides, pair_part,
-                                    pretrain, run, run_id, study_runs, unavailable, work_folder)
+from medcl_study.experiment import finished, integrity_check, make_encoder, pretrain, run
+from medcl_study.settings import Run, evaluation_set, make_run, overrides, pair_part, run_id, work_folder
+from medcl_study.studies import STUDIES, study_runs, unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(image_tower='vit_tiny_p8', text_tower='bert_tiny', text_init='random', image_init='random', dim=16, max_tokens=48,

@@ -44,7 +44,9 @@ LAYERS = {
     'questions': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
     'speed': ['core', 'embeddings', 'data', 'encoders', 'losses', 'methods'],
     'report': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
+    'settings': ['core', 'data', 'methods', 'predictions'],
     'experiment': [''],
+    'studies': [''],
 }
 # Importing these must not load torch: they read tables and numbers, also on a machine without it.
 TORCH_FREE = ['core', 'data.pairs', 'data.text', 'data.phantom', 'data.sets', 'metrics', 'stats', 'predictions', 'results', 'pages',
