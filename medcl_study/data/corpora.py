@@ -115,7 +115,7 @@ def _read_phantoms(folder=None):
     "Make phantoms of all modalities at 64 pixels; nothing is read, and nothing drawn until it is asked for."
     return join({split: phantom_corpus('mixed', n, split=split) for split, n in PHANTOMS.items()}, name='phantom')
 
-# %% ../../nbs/19a_corpora.ipynb #43fccb16
+# %% ../../nbs/19a_corpora.ipynb #d7348104
 CORPORA = {o.name: o for o in (
     LITERATURE['pmc_oa'], LITERATURE['quilt_1m'], CHEST['mimic_cxr_frontal'], CHEST['mimic_cxr_all'], LITERATURE['roco'],
     LITERATURE['roco_v2'],
@@ -124,15 +124,15 @@ CORPORA = {o.name: o for o in (
             steps='Place a .jsonl, .csv or .parquet with columns image and text (id, labels, group, split, modality if there are) '
                   'in manifest/, images below it; a manifest elsewhere below MEDCL_DATA is asked for by its path.'),
     DataSet('sample_pairs', 'Public sample of real images', 'pairs', _read_sample, _sample_twin,
-            'CT, MR, X-ray and ultrasound', 'ct', 'see the manifest of the sample', 'per image', 'open', '', folder='.', group='case, clip or patient',
-            split='by group', counts={'train': 1788, 'valid': 229, 'test': 290}, steps='Point MEDCL_DATA at the sample.',
+            'CT, MR, X-ray and ultrasound', 'ct', 'see the manifest of the sample', 'per image', 'open', '', folder='.',
+            group='case, clip or patient', split='by group', counts={'train': 1788, 'valid': 229, 'test': 290}, steps='Point MEDCL_DATA at the sample.',
             note='Without the rows whose cases neighbour those of VQA-RAD. Too few to train a model to a useful level.'),
     DataSet('phantom', 'Phantoms of six modalities', 'pairs', _read_phantoms, _phantom_twin, 'six modalities', 'chest',
             'this study', 'Apache-2.0', 'open', '', split='patients of other seeds', group='patient', counts=PHANTOMS,
             note='Made on demand; no folder is read.'),
 )}
 
-# %% ../../nbs/19a_corpora.ipynb #80d42d05
+# %% ../../nbs/19a_corpora.ipynb #faf24fb8
 VALID_SHARE = 0.01 # of the training rows, where a release has no valid part
 
 
@@ -153,13 +153,14 @@ def read_corpus(
 
 def _with_parts(corpus):
     "Cut splits by group where there are none, and set a valid part aside where only that is missing."
-    split, group = corpus.frame.split.to_numpy(object).copy(), corpus.frame.group.where(corpus.frame.group != '', corpus.frame.id).to_numpy()
+    frame = corpus.frame
+    split, group = frame.split.to_numpy(object).copy(), frame.group.where(frame.group != '', frame.id).to_numpy()
     if (split == '').all(): split = split_groups(group)
     elif 'valid' not in split and (rows := split == 'train').any():
         share = max(VALID_SHARE, 1 / len(set(group[rows])))
         split[rows] = split_groups(group[rows], fractions={'train': 1 - share, 'valid': share})
     out = copy.copy(corpus)
-    out.frame = corpus.frame.assign(split=split)
+    out.frame = frame.assign(split=split)
     return out
 
 # %% ../../nbs/19a_corpora.ipynb #888dd50b

@@ -28,7 +28,7 @@ from .images import read_image, resize, to_channels
 from .loaders import BatchOrder, make_batch
 from .pairs import normalise_text
 
-# %% ../../nbs/19b_shards.ipynb #48f1bfde
+# %% ../../nbs/19b_shards.ipynb #c4e5fdcf
 _FORMAT = 1 # of the index
 _NOT_IMAGES = ('txt', 'json')
 
@@ -48,7 +48,8 @@ def _record(corpus, row, check):
     if 'corpus' in corpus.frame: about['corpus'] = corpus.frame.corpus.iloc[row]
     try: extension, raw = _encoded(sample.image, check)
     except DataError as e: return _Record(row, error=DataError(e.what, file=e.file, row=sample.id, remedy=e.remedy))
-    return _Record(row, {extension: raw, 'txt': sample.text.encode(), 'json': json.dumps(about, ensure_ascii=False, sort_keys=True).encode()})
+    about = json.dumps(about, ensure_ascii=False, sort_keys=True)
+    return _Record(row, {extension: raw, 'txt': sample.text.encode(), 'json': about.encode()})
 
 
 def _encoded(image, check):
@@ -58,13 +59,14 @@ def _encoded(image, check):
         Image.fromarray(image).save(buffer, 'PNG')
         return 'png', buffer.getvalue()
     try: raw = Path(image).read_bytes()
-    except OSError as e: raise DataError(f'cannot be read ({e.strerror})', file=image, remedy='Put it there, or mend the path.') from None
+    except OSError as e:
+        raise DataError(f'cannot be read ({e.strerror})', file=image, remedy='Put it there, or mend the path.') from None
     try:
         if check or not raw: read_image(raw)
     except DataError as e: raise DataError(e.what, file=image, remedy=e.remedy) from None
     return Path(image).suffix.lstrip('.').lower() or 'img', raw
 
-# %% ../../nbs/19b_shards.ipynb #4dfedbf4
+# %% ../../nbs/19b_shards.ipynb #a0e12c46
 def write_shards(
     corpus, # any Corpus; a mixture is one
     folder, # holds one corpus's shards and their index
@@ -80,8 +82,8 @@ def write_shards(
     if on_bad not in ('raise', 'skip'): raise ValueError(f"on_bad is {on_bad!r}; expected 'raise' or 'skip'")
     if not len(corpus): raise DataError('nothing to write: the corpus is empty')
     folder, settings = Path(folder), {'count': count, 'size': size, 'seed': seed, 'check': check, 'on_bad': on_bad}
-    about = {'format': _FORMAT, 'name': corpus.name, 'source': corpus.source, 'classes': list(corpus.classes), 'corpus': corpus.hash(),
-             'settings': settings, 'shards': [], 'left_out': []}
+    about = {'format': _FORMAT, 'name': corpus.name, 'source': corpus.source, 'classes': list(corpus.classes),
+             'corpus': corpus.hash(), 'settings': settings, 'shards': [], 'left_out': []}
     with lock(folder), ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         index = _started(folder, about)
         if index.pop('finished', False): return index
@@ -131,7 +133,7 @@ def _write_shard(path, records, first, settings):
             while pairs < settings['count'] and total < settings['size'] and (o := next(records, None)):
                 taken += 1
                 if o.error and settings['on_bad'] == 'raise': raise _refused(o.error)
-                if o.error: lost.append({'id': o.error.row, 'file': str(o.error.file), 'what': o.error.what, 'remedy': o.error.remedy})
+                if (e := o.error): lost.append({'id': e.row, 'file': str(e.file), 'what': e.what, 'remedy': e.remedy})
                 else:
                     total += tar.write({'__key__': f'{first + pairs:09d}', **o.parts})
                     pairs += 1
@@ -141,13 +143,14 @@ def _write_shard(path, records, first, settings):
 
 
 def _refused(e):
-    return DataError(e.what, file=e.file, row=e.row, remedy=f"{e.remedy or 'Remove the row.'} on_bad='skip' leaves such rows out and lists them.")
+    remedy = f"{e.remedy or 'Remove the row.'} on_bad='skip' leaves such rows out and lists them."
+    return DataError(e.what, file=e.file, row=e.row, remedy=remedy)
 
 
 def _sha256(path):
     with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../../nbs/19b_shards.ipynb #6aabafda
+# %% ../../nbs/19b_shards.ipynb #0a5b7c99
 def read_index(folder) -> dict:
     "Read the index of a folder of shards; raises `DataError` if it is missing, unfinished or of another format."
     folder = Path(folder)
@@ -155,7 +158,8 @@ def read_index(folder) -> dict:
         raise DataError('these shards are unfinished', file=folder, remedy='Call write_shards again; it goes on where it stopped.')
     index = read_json(folder / 'index.json')
     if index.get('format') == _FORMAT: return index
-    raise DataError(f'an index of format {index.get("format")!r}; expected {_FORMAT}', file=folder / 'index.json', remedy='Write the shards again.')
+    raise DataError(f'an index of format {index.get("format")!r}; expected {_FORMAT}', file=folder / 'index.json',
+                    remedy='Write the shards again.')
 
 
 def verify_shards(folder) -> int: # pairs
@@ -164,7 +168,7 @@ def verify_shards(folder) -> int: # pairs
     index = read_index(folder)
     for o in index['shards']:
         _check_size(folder / o['file'], o)
-        if _sha256(folder / o['file']) != o['sha256']: raise DataError('differs from its checksum', file=folder / o['file'], remedy=_AGAIN)
+        if _sha256(path := folder / o['file']) != o['sha256']: raise DataError('differs from its checksum', file=path, remedy=_AGAIN)
     return sum(o['pairs'] for o in index['shards'])
 
 
@@ -174,7 +178,8 @@ _AGAIN = 'Copy it again, or delete the folder and write the shards again.'
 def _check_size(path, about):
     size = path.stat().st_size if path.exists() else None
     if size == about['bytes']: return
-    raise DataError('no such shard' if size is None else f'{size:,} bytes; the index says {about["bytes"]:,}', file=path, remedy=_AGAIN)
+    what = 'no such shard' if size is None else f'{size:,} bytes; the index says {about["bytes"]:,}'
+    raise DataError(what, file=path, remedy=_AGAIN)
 
 # %% ../../nbs/19b_shards.ipynb #bb4ee335
 class ShardOrder(BatchOrder):
@@ -201,7 +206,7 @@ class ShardOrder(BatchOrder):
         return np.concatenate([random.permutation(np.concatenate([self.starts[o] + np.arange(self.sizes[o]) for o in stretch]))
                                for stretch in stretches])
 
-# %% ../../nbs/19b_shards.ipynb #2e35819f
+# %% ../../nbs/19b_shards.ipynb #79c0b7cd
 class ShardStream(Dataset):
     "Pairs in shards, read batch by batch in an order that depends on (seed, epoch) alone."
     def __init__(self,
@@ -225,7 +230,8 @@ class ShardStream(Dataset):
         index = read_index(folder)
         self.shards = [o for o in index['shards'] if o['split'] == split]
         self.name, self.source, self.ends = index['name'], index['source'], np.cumsum([o['pairs'] for o in self.shards])
-        if not self.shards: raise DataError(f'no split {split!r}; there are {sorted({o["split"] for o in index["shards"]})}', file=self.folder)
+        known = sorted({o['split'] for o in index['shards']})
+        if not self.shards: raise DataError(f'no split {split!r}; there are {known}', file=self.folder)
         for o in self.shards: _check_size(self.folder / o['file'], o)
 
     def __len__(self): return int(self.ends[-1])
@@ -285,7 +291,8 @@ class _Shard:
                     members.setdefault(key, {})[extension] = o.offset_data, o.size
         except tarfile.TarError as e: raise DataError(f'not a readable shard ({e})', file=path, remedy=_AGAIN) from None
         if len(members) != about['pairs'] or any({*_NOT_IMAGES} - {*o} or len(o) != 3 for o in members.values()):
-            raise DataError(f'{len(members)} entries; the index says {about["pairs"]}, each of an image, .txt and .json', file=path, remedy=_AGAIN)
+            raise DataError(f'{len(members)} entries; the index says {about["pairs"]}, each of an image, .txt and .json', file=path,
+                            remedy=_AGAIN)
         self.places, self.file = list(members.values()), path.open('rb', buffering=0)
 
     def __getitem__(self, i): return {k: os.pread(self.file.fileno(), size, at) for k, (at, size) in self.places[i].items()}

@@ -24,14 +24,15 @@ from ..pairs import Corpus, split_groups
 from .base import (DataSet, EmbeddedImages, Remote, check_labels, mark_twin, need_file, need_folder, read_table,
                                         source_of, twin_samples)
 
-# %% ../../../nbs/17e_literature.ipynb #144d0ea6
+# %% ../../../nbs/17e_literature.ipynb #0a9aa1c8
 DEAD_LINKS = 0.01 # share of listed images that may be missing: figures that their publisher moved or withdrew
 
 
 def _tables(folder, files, columns):
     "Read tables into one frame; adds `file`, `row` (as an editor shows it) and the `split` each file stands for."
     def read(file, split):
-        raw, first = (_read_lines(folder / file, columns), 1) if file.endswith('.jsonl') else (read_table(folder / file, columns, only=True), 2)
+        lines = file.endswith('.jsonl')
+        raw, first = _read_lines(folder / file, columns) if lines else read_table(folder / file, columns, only=True), 2 - lines
         for o in columns: _check_text(raw[o], folder / file, first, required=o != 'caption')
         return raw.assign(file=file, row=np.arange(len(raw)) + first, **({'split': split} if split else {}))
     return pd.concat([read(*o) for o in files.items()], ignore_index=True)
@@ -295,7 +296,7 @@ def roco_v2_twin(
             pq.write_table(pa.Table.from_pylist(rows), tmp, row_group_size=100)
     mark_twin(folder, 'roco_v2', n, seed)
 
-# %% ../../../nbs/17e_literature.ipynb #827bd2be
+# %% ../../../nbs/17e_literature.ipynb #8f65ad67
 _EYENET = {'train': 'train_set', 'valid': 'val_set', 'test': 'test_set'}
 
 
@@ -336,7 +337,8 @@ def deepeyenet_twin(
         pair = list(pair)
         first, split, eye, _ = pair[0]
         age = int(generator('deepeyenet twin', seed, eye).integers(20, 80))
-        texts = {'keywords': ', '.join(o.lower() for o in first.labels) or 'normal', 'clinical-description': f'{first.text} {age}-year-old.'}
+        texts = {'keywords': ', '.join(o.lower() for o in first.labels) or 'normal',
+                 'clinical-description': f'{first.text} {age}-year-old.'}
         for o, _, _, k in pair:
             name = f'eyenet0420/{_EYENET[split]}/{texts["keywords"].partition(",")[0].replace(" ", "-")}-{2 * eye + k}.jpg'
             _save(o.image, folder/name)
