@@ -39,7 +39,7 @@ study: $(STAMP)
 	snakemake -s nbs/experiments/Snakefile --config study=$(SIZE) --cores $(CORES) --rerun-incomplete
 
 twins: $(STAMP)
-	medcl_data twin all --folder $(TWINS)
+	medcl_data twin all --folder $(TWINS) --n 256
 	medcl_data check all --root $(TWINS)
 	MEDCL_DATA=$(TWINS) snakemake -s nbs/experiments/Snakefile --config study=twins --cores $(CORES) --rerun-incomplete
 

@@ -7,7 +7,7 @@ __all__ = ['SHORTCUTS', 'PROTOCOLS', 'EXAMPLES', 'PICTURE', 'Study', 'read_study
            'arms', 'Single', 'results', 'differences', 'difference', 'recall_table', 'write_examples', 'read_examples',
            'disagreements']
 
-# %% ../nbs/71_results.ipynb #da8287f2
+# %% ../nbs/71_results.ipynb #184a5fad
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import stats
 from .core import DataError, atomic, content_hash, read_json
-from .metrics import METRICS, chance_recall
+from .metrics import METRICS, Undefined, chance_recall
 from .predictions import compare, concat_predictions, measure, read_predictions, stacked, tasks_of
 
 # %% ../nbs/71_results.ipynb #28f5c0a6
@@ -108,7 +108,7 @@ def arms(
         named[run] = Arm(' '.join([method] + [f'{k}={settings[k]}' for k in sorted(differ)]), method)
     return named
 
-# %% ../nbs/71_results.ipynb #fca158a3
+# %% ../nbs/71_results.ipynb #2638f935
 @dataclass(frozen=True)
 class Single:
     "One training (or one random start) on one task: its predictions and estimate."
@@ -129,7 +129,11 @@ def results(
         part, by_arm = part[part['prompt_set'].isin(['', tasks[name].prompt_set])], {}
         if part.empty: continue
         frames = {key: frame for key, frame in part.groupby(['run', 'draw'], sort=True)}
-        for (run, draw), frame in _same_test_set(frames, name, protocol, notes).items():
+        frames = _same_test_set(frames, name, protocol, notes)
+        if undefined := _undefined(next(iter(frames.values())), study.predictions.attrs):
+            notes.append(f'`{name}`, {protocol_name(protocol)}, is left out: {undefined}.')
+            continue
+        for (run, draw), frame in frames.items():
             arm = Arm(protocol, '') if protocol in SHORTCUTS else arm_of[run]
             if protocol in SHORTCUTS and arm in by_arm: continue
             frame.attrs = study.predictions.attrs
@@ -142,6 +146,14 @@ def results(
     table = pd.DataFrame(rows)
     table.attrs['notes'] = notes
     return table
+
+
+def _undefined(frame, attrs):
+    "Say why the test set of a table has no value of its task's metric; '' if it has one."
+    frame.attrs = attrs
+    try: measure(frame, resamples=2)
+    except Undefined as e: return str(e)
+    return ''
 
 
 def _same_test_set(frames, task, protocol, notes):
