@@ -540,7 +540,7 @@ def test_nothing_real_is_put_into_a_twin(twins):
 def test_gated_sets_print_their_steps_and_make_no_folder(name, tmp_path, capsys):
     assert main(['get', name, '--root', str(tmp_path)]) == 1 and names(tmp_path) == []
     out, row = capsys.readouterr().out, DATA_SETS[name]
-    assert row.steps in out and row.licence in out and row.url in out and 'no file that may be downloaded from here' in out
+    assert row.steps in out and row.licence in out and row.url in out and 'no file to be downloaded from here' in out
 
 
 def test_of_a_gated_set_only_the_open_file_is_fetched(publisher, server, tmp_path, monkeypatch):

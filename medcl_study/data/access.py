@@ -345,7 +345,7 @@ def _move(source, target):
     if not (source.is_dir() and target.is_dir()): return os.replace(source, target)
     for o in source.iterdir(): _move(o, target/o.name)
 
-# %% ../../nbs/19e_access.ipynb #a1c9e81d
+# %% ../../nbs/19e_access.ipynb #cf63c915
 _NOTES = 'DOWNLOADS.json'
 
 
@@ -379,7 +379,7 @@ def _terms(row, folder, timeout):
     sizes = [o.size or _size(o, timeout) for o in row.files]
     known = _bytes(sum(o for o in sizes if o)) + (f' and {sizes.count(None)} files of unknown size' if None in sizes else '')
     hosts = ', '.join(dict.fromkeys(urlsplit(o.url).hostname for o in row.files))
-    size = f'{known} in {len(sizes)} file{"s" * (len(sizes) > 1)} from {hosts}' if row.files else 'no file that may be downloaded from here'
+    size = f'{known} in {len(sizes)} file{"s" * (len(sizes) > 1)} from {hosts}' if row.files else 'no file to be downloaded from here'
     about = {'licence': row.licence, 'access': f'{row.access}: {ACCESS[row.access]}', 'size': size, 'into': folder,
              'cite': row.citation}
     return [f'{row.name}: {row.title}', *(f'  {k:9} {v}' for k, v in about.items())]
@@ -403,7 +403,7 @@ def _get_file(remote, folder, say, timeout):
     if remote.unpack: say(f'  unpacking {path.name}')
     write_json(notes, done | {path.name: unpack(path) if remote.unpack else [path.name]})
 
-# %% ../../nbs/19e_access.ipynb #360af14c
+# %% ../../nbs/19e_access.ipynb #36073f0b
 _STATUS_LINE = '{:18} {:10} {:12} {:36} {}'
 
 
@@ -420,7 +420,7 @@ def _status(given):
         root = None
         print(f'medcl_data: {e}', file=sys.stderr)
     if given.name: return print(describe(given.name, root))
-    print(_STATUS_LINE.format('set', 'state', 'access', 'licence', 'what is lacking; how to get it (`medcl_data status NAME` tells the steps)'))
+    print(_STATUS_LINE.format('set', 'state', 'access', 'licence', 'what is lacking; how to get it (status NAME tells the steps)'))
     for o in status(root).itertuples():
         licence = o.licence if len(o.licence) <= 36 else o.licence[:35] + '…'
         print(_STATUS_LINE.format(o.name, o.state, o.access, licence, f'{o.lacking}; {o.get}' if o.lacking else o.get))
