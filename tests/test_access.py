@@ -668,7 +668,35 @@ def test_as_a_module(tmp_path):
     assert done.returncode == 1 and 'PhysioNet' in done.stdout and not done.stderr
 
 
+def test_who_reads_only_the_first_lines_is_not_told_of_a_broken_pipe(tmp_path):
+    command = f'{sys.executable} -u -m medcl_study.data.access status --root {tmp_path} | head -1'
+    done = subprocess.run(['bash', '-c', f'{command}; exit ${{PIPESTATUS[0]}}'], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith('set ') and not done.stderr
+
+
+def test_sizes_that_nobody_tells(publisher, offered):
+    publisher.length = False
+    lines = []
+    get('slake', offered, say=lines.append)
+    assert lines[3] == '  size      unknown, in 4 files from 127.0.0.1'
+    assert access._terms(replace(DATA_SETS['slake'], files=(replace(DATA_SETS['slake'].files[0], size=10), *DATA_SETS['slake'].files[1:])),
+                         offered, 5)[3] == '  size      10 bytes in 4 files from 127.0.0.1; the size of 3 is unknown'
+
+
 def test_finding_a_set_costs_no_torch():
     code = 'import sys, medcl_study.data.access; sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
     assert find_set('slake') is DATA_SETS['slake']
+
+
+# ---- real files
+
+SAMPLE = os.environ.get('MEDCL_DATA', '')
+
+
+@pytest.mark.skipif(not os.path.exists(f'{SAMPLE}/pretrain_pairs.jsonl'), reason='MEDCL_DATA does not name the public sample')
+def test_folders_of_the_sample_are_not_taken_for_official_ones(capsys):
+    assert {o: state_of(o, SAMPLE) for o in ('skin_cancer', 'vqa_rad')} == {
+        'skin_cancer': ('incomplete', 'lacks HAM10000_metadata.csv'), 'vqa_rad': ('incomplete', 'lacks VQA_RAD Dataset Public.json')}
+    code, out, _ = said(capsys, 'check', 'vqa_rad')
+    assert code == 1 and 'no such file' in out and 'Traceback' not in out

@@ -345,7 +345,7 @@ def _move(source, target):
     if not (source.is_dir() and target.is_dir()): return os.replace(source, target)
     for o in source.iterdir(): _move(o, target/o.name)
 
-# %% ../../nbs/19e_access.ipynb #cf63c915
+# %% ../../nbs/19e_access.ipynb #15267707
 _NOTES = 'DOWNLOADS.json'
 
 
@@ -377,9 +377,10 @@ def get(
 def _terms(row, folder, timeout):
     "Say what would be downloaded, and under which terms."
     sizes = [o.size or _size(o, timeout) for o in row.files]
-    known = _bytes(sum(o for o in sizes if o)) + (f' and {sizes.count(None)} files of unknown size' if None in sizes else '')
-    hosts = ', '.join(dict.fromkeys(urlsplit(o.url).hostname for o in row.files))
-    size = f'{known} in {len(sizes)} file{"s" * (len(sizes) > 1)} from {hosts}' if row.files else 'no file to be downloaded from here'
+    known, hosts = [o for o in sizes if o], ', '.join(dict.fromkeys(urlsplit(o.url).hostname for o in row.files))
+    size = f'{_bytes(sum(known)) if known else "unknown,"} in {len(sizes)} file{"s" * (len(sizes) > 1)} from {hosts}'
+    if 0 < len(known) < len(sizes): size += f'; the size of {len(sizes) - len(known)} is unknown'
+    if not row.files: size = 'no file to be downloaded from here'
     about = {'licence': row.licence, 'access': f'{row.access}: {ACCESS[row.access]}', 'size': size, 'into': folder,
              'cite': row.citation}
     return [f'{row.name}: {row.title}', *(f'  {k:9} {v}' for k, v in about.items())]
@@ -474,7 +475,7 @@ def _pack(given):
 def _group_tiles(given):
     for tissue, tiles in group_tiles(_root(given)/DATA_SETS['lc25000_colon'].folder).items(): print(f'{tissue:10} {tiles:,} tiles')
 
-# %% ../../nbs/19e_access.ipynb #2ce7ff3b
+# %% ../../nbs/19e_access.ipynb #d3fbb318
 _NAME = ('name', {'help': 'name of a data set; `medcl_data status` lists them'})
 _ONE_OR_ALL = ('name', {'help': 'name of a data set, or all'})
 _COMMANDS = { # command → function, help, example, arguments
@@ -512,6 +513,9 @@ def main(arguments=None) -> int: # exit code
     "Get, check, audit and pack data sets: the command `medcl_data`."
     given = _parser().parse_args(arguments)
     try: return given.do(given) or 0
+    except BrokenPipeError: # who reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (DataError, OSError, Locked) as e:
         print(f'medcl_data: {e}', file=sys.stderr)
         return 2
