@@ -121,7 +121,7 @@ def _require(method, holds, field, expected, got):
     "Raise `ValueError` naming the method and the field."
     if not holds: raise ValueError(f'method {method.name!r}: {field} must be {expected}, not {got!r}')
 
-# %% ../nbs/38_methods.ipynb #0eabbeb4
+# %% ../nbs/38_methods.ipynb #ef282857
 _STUDY = '2406.07450, released code'
 _LOCAL = {'kind': 'mlp', 'hidden': 256, 'attention': 'learned'}
 _LOVT = _LOCAL | {'pool': True, 'pool_heads': 2}
@@ -186,7 +186,7 @@ METHODS = {o.name: o for o in (
            ours='a small decoder; the scale is learned as an exponential', source='2309.05904, code 7f64d95'),
     Method('mlip', 'MLIP-inspired (ours)', {'integrity_contrastive': 1.0, 'patch_sentence': 0.1, 'masked_prediction': 0.05},
            'masked', mask_ratio=0.5, outputs=('patches', 'sentences'), heads={'integrity': {}, 'masked_prediction': {}},
-           ours='all: after the abstract of 2401.01591', source='this study'),
+           ours='all: after the abstract of 2401.01591; its integrity does not follow the visible findings', source='this study'),
 
     Method('filip_unpaired', 'control: FILIP without negatives', {'filip_unpaired': 1.0}, 'control',
            outputs=('patches', 'words'), score='late', source=f'{_STUDY}: only matched pairs are scored'),
