@@ -19,7 +19,7 @@ from .experiment import Unavailable, finished, image_weights, run, text_parts
 from .methods import find_method
 from .settings import BASELINES, PROTOCOLS, Run, evaluation_set, make_run, overrides, pair_part, run_id, set_corpus
 
-# %% ../nbs/70a_studies.ipynb #4f400b82
+# %% ../nbs/70a_studies.ipynb #63dde82b
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -62,10 +62,11 @@ def tuned_rate(
     return max(found, key=recall)['run']['lr'] if found else Run.lr
 
 
-def _question(name, **settings):
-    "List the runs that answer one question: its rows at their own learning rates, three seeds."
+def _question(name, *, tuned=True, **settings):
+    "List the runs that answer one question: its rows, at their own learning rates if `tuned`, three seeds."
     tasks = tuple(f'phantom/{o}' for o in PROTOCOLS)
-    return _grid(_QUESTIONS[name], 3, each=lambda m: {'lr': tuned_rate(m)}, tasks=tasks, **settings)
+    each = (lambda m: {'lr': tuned_rate(m)}) if tuned else (lambda m: {})
+    return _grid(_QUESTIONS[name], 3, each=each, tasks=tasks, **settings)
 
 
 def _transfer():
@@ -90,7 +91,7 @@ STUDIES = {
     'ablations/transfer': lambda: _transfer(),
     'ablations/unimodal': lambda: _question('unimodal'),
     'ablations/granularity': lambda: _question('granularity'),
-    'ablations/granularity_224': lambda: _question('granularity', **_LARGER),
+    'ablations/granularity_224': lambda: _question('granularity', tuned=False, **_LARGER),
     'ablations/integrity': lambda: [make_run(method='mlip', seed=o, lr=tuned_rate('mlip'), tasks=['phantom/zeroshot']) for o in range(3)],
 }
 
