@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -84,7 +84,7 @@ def test_equal_captions_are_several_positives(twins):
     for name in ('roco', 'quilt_1m', 'deepeyenet'):
         test = LITERATURE[name].read(twins/name).split('test')
         ids = pd.Series(test.text_ids())
-        assert (ids.groupby(ids).transform('size') > 1).mean() > .15, name
+        assert (ids.groupby(ids).transform('size') > 1).mean() > .1, name
 
 
 def test_current_release_of_pmc_oa_is_split_by_article_whatever_its_order(tmp_path):
@@ -237,6 +237,7 @@ def test_sample_folders_of_another_layout_are_refused(tmp_path):
 
 
 @settings(max_examples=40, deadline=None)
+@example(row={'image': '0/', 'caption': 'A nodule.'}, cut=0)
 @given(row=st.fixed_dictionaries({}, optional={
     'image': st.one_of(st.none(), st.text(max_size=12), st.sampled_from(['PMC1_Fig1_1.jpg', '..', 'x\0y', '../a'])),
     'caption': st.one_of(st.none(), st.text(max_size=20), st.integers(), st.lists(st.text(max_size=3), max_size=2))}), cut=st.integers(0, 30))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFESTS', 'PHANTOMS', 'CORPORA', 'VALID_SHARE', 'JoinedCorpus', 'join', 'read_corpus', 'mixture']
 
-# %% ../../nbs/19a_corpora.ipynb #d2735655
+# %% ../../nbs/19a_corpora.ipynb #60b02a17
 import copy
 import dataclasses
 from pathlib import Path
@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import DataError, atomic, content_hash, data_root, generator
+from ..core import DataError, content_hash, data_root, generator
 from .pairs import Corpus, Sample, read_manifest, split_groups
 from .phantom import phantom_corpus
-from .sets.base import DataSet, mark_twin, source_of, twin_samples
+from .sets.base import DataSet, mark_twin, source_of, twin_samples, write_table
 from .sets.chest import CHEST
 from .sets.literature import LITERATURE
 from .sets.sample import sample_pairs, write_sample_twin
@@ -77,7 +77,7 @@ def join(
 
 _COLUMNS = ['id', 'image', 'text', 'labels', 'group', 'split', 'modality']
 
-# %% ../../nbs/19a_corpora.ipynb #b525d568
+# %% ../../nbs/19a_corpora.ipynb #b004c79a
 MANIFESTS = ('.jsonl', '.csv', '.parquet')
 
 
@@ -93,11 +93,11 @@ def _manifest_twin(folder, n=64, seed=0):
     "Write ultrasound phantoms with a manifest that has groups and no split."
     folder, rows = Path(folder), []
     (folder/'images').mkdir(parents=True, exist_ok=True)
-    for i, o in enumerate(twin_samples('ultrasound', np.arange(n) % 4, seed=seed)):
+    for i, o in enumerate(twin_samples('ultrasound', np.arange(n) % 4, name='manifest', seed=seed)):
         Image.fromarray(o.image).save(folder/'images'/f'{i:04d}.png')
         rows.append((f'images/{i:04d}.png', o.text, ';'.join(o.labels), f'patient-{i // 2}', 'ultrasound'))
     frame = pd.DataFrame(rows, columns=['image', 'text', 'labels', 'group', 'modality'])
-    with atomic(folder/'pairs.csv') as tmp: frame.to_csv(tmp, index=False, lineterminator='\n')
+    write_table(folder/'pairs.csv', frame)
     mark_twin(folder, 'manifest', n, seed)
 
 

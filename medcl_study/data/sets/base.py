@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'ACCESS', 'Remote', 'DataSet', 'mark_twin', 'source_of', 're
            'need_folder', 'list_files', 'check_files', 'write_table', 'check_labels', 'check_groups', 'StoredImages',
            'sampled_hash', 'read_hdf5', 'StackedImages', 'EmbeddedImages', 'twin_samples']
 
-# %% ../../../nbs/17_base.ipynb #cc94c68a
+# %% ../../../nbs/17_base.ipynb #46a764a1
 import difflib
 import io
 import itertools
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ...core import DataError, atomic, content_hash, write_json
+from ...core import DataError, atomic, content_hash, seed_from, write_json
 from ..images import read_image
 from ..pairs import Sample
 from ..phantom import MODALITIES, phantom_corpus
@@ -418,11 +418,12 @@ class EmbeddedImages:
         "Hash what is in the files, as `sampled_hash` does, and which rows are kept."
         return content_hash(self._digest, self.rows)
 
-# %% ../../../nbs/17_base.ipynb #c9e27b4a
+# %% ../../../nbs/17_base.ipynb #688348a4
 def twin_samples(
     modality: str, # key of MODALITIES
     labels, # (n,) class numbers
     *,
+    name: str = '', # of the set: sets of other names share no phantom, and none is in a corpus of phantoms
     size: int = 64, # pixels along a side
     seed: int = 0,
 ) -> list[Sample]: # phantoms with masks, sentences and questions
@@ -432,7 +433,7 @@ def twin_samples(
                              int(labels.max()) + 1)
     wanted = np.zeros((int(labels.max()) + 1, len(names)), bool)
     for row, kind in zip(wanted, kinds): row[list(kind)] = True
-    rows, n = np.full(len(labels), -1), 64
+    rows, n, seed = np.full(len(labels), -1), 64, seed_from('twin', name, seed)
     while (rows < 0).any():
         n *= 4
         corpus = phantom_corpus(modality, n, size=size, seed=seed)

@@ -329,7 +329,7 @@ def read_chexpert_5x200(folder, *, each: int = 200, seed: int = 0) -> Corpus:
     drawn = _chexpert_5x200(images, values, each=each, seed=seed)
     return _five(folder, images.iloc[drawn], flow, 'chexpert_5x200', lambda _: values[drawn])
 
-# %% ../../../nbs/17d_chest.ipynb #d7ee49b3
+# %% ../../../nbs/17d_chest.ipynb #2ae3881a
 _SIGNS = {'': ('No Finding',), 'atelectasis': ('Atelectasis', 'Lung Opacity'),
           'cardiomegaly': ('Cardiomegaly', 'Enlarged Cardiomediastinum'), 'consolidation': ('Consolidation', 'Pneumonia'),
           'pleural effusion': ('Pleural Effusion', 'Pleural Other'), 'pneumothorax': ('Pneumothorax', 'Support Devices'),
@@ -345,7 +345,7 @@ def _twin_cells(sample, i, sure=False): # {observation: cell}
     return {o: yes(o) if o in present else no(j) for j, o in enumerate(OBSERVATIONS)}
 
 
-def _twin_studies(n, shares, seed): # (study, patient, images, split, phantom) for each
+def _twin_studies(name, n, shares, seed): # (study, patient, images, split, phantom) for each
     "Plan studies of two and one image in turn, one patient in five with two studies, and draw their phantoms."
     images = [2 if i % 2 == 0 else 1 for i in range(n)]
     images = images[:int(np.searchsorted(np.cumsum(images), n)) + 1]
@@ -354,7 +354,7 @@ def _twin_studies(n, shares, seed): # (study, patient, images, split, phantom) f
     edges = np.cumsum(list(shares.values())) * len(images)
     splits = np.array(list(shares))[np.minimum(np.searchsorted(edges, patients, side='right'), len(shares) - 1)]
     turn = np.concatenate([np.arange((splits == o).sum()) for o in shares]) % len(_SIGNS)
-    samples = twin_samples('chest', turn, seed=seed)
+    samples = twin_samples('chest', turn, name=name, seed=seed)
     return list(zip(range(len(images)), patients.tolist(), images, splits.tolist(), samples))
 
 
@@ -362,7 +362,7 @@ def _twin_jpg(path, pixels, lateral):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(pixels[:, ::-1] if lateral else pixels)).save(path, quality=95)
 
-# %% ../../../nbs/17d_chest.ipynb #a6607fec
+# %% ../../../nbs/17d_chest.ipynb #0f814fc0
 _TITLE = f'{"":33}FINAL REPORT\n'
 _HEAD = _TITLE + """ EXAMINATION:  CHEST ({views})
  \n INDICATION:  ___-year-old patient with cough // interval change?
@@ -395,7 +395,7 @@ _VIEW = {'PA': ('CHEST (PA AND LAT)', 'postero-anterior', 'Erect'), 'LATERAL': (
 def mimic_cxr_jpg_twin(folder, n: int = 64, seed: int = 0):
     "Write `n` images with reports and tables in the layout of MIMIC-CXR-JPG 2.0.0 and MIMIC-CXR."
     folder, split, meta, labels = Path(folder), [], [], {'chexpert': [], 'negbio': []}
-    for i, patient, images, part, sample in _twin_studies(n, {'train': 1/3, 'validate': 1/3, 'test': 1/3}, seed):
+    for i, patient, images, part, sample in _twin_studies('mimic_cxr_jpg', n, {'train': 1/3, 'validate': 1/3, 'test': 1/3}, seed):
         subject, study = f'1{patient % 10}{patient:06d}', f'5{i:07d}'
         stem = folder/'files'/f'p{subject[:2]}'/f'p{subject}'/f's{study}'
         for view in ('PA', 'LATERAL')[:images] if images > 1 else ('AP',):
@@ -416,7 +416,7 @@ def mimic_cxr_jpg_twin(folder, n: int = 64, seed: int = 0):
         with atomic(folder/f'mimic-cxr-2.0.0-{name}.csv.gz') as tmp: tmp.write_bytes(packed)
     mark_twin(folder, 'mimic_cxr_jpg', n, seed)
 
-# %% ../../../nbs/17d_chest.ipynb #74179122
+# %% ../../../nbs/17d_chest.ipynb #cdb7281a
 _CHEXPERT_COLUMNS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema',
                      'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion', 'Pleural Other',
                      'Fracture', 'Support Devices')
@@ -425,7 +425,7 @@ _CHEXPERT_COLUMNS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly',
 def chexpert_twin(folder, n: int = 64, seed: int = 0):
     "Write `n` images and both tables in the layout of CheXpert-v1.0-small."
     folder, tables, seen = Path(folder), {'train': [], 'valid': []}, {}
-    for i, patient, images, part, sample in _twin_studies(n, {'train': .75, 'valid': .25}, seed):
+    for i, patient, images, part, sample in _twin_studies('chexpert', n, {'train': .75, 'valid': .25}, seed):
         number = patient + (1 if part == 'train' else 64541)
         seen[number] = seen.get(number, 0) + 1
         cells = _twin_cells(sample, i, sure=part == 'valid')

@@ -7,7 +7,7 @@ __all__ = ['BACH', 'BACH_TEST', 'NCT_CRC', 'SAME_TILE', 'LC25000', 'PCAM', 'SICA
            'read_nck', 'nck_twin', 'tile_signature', 'near_duplicates', 'group_tiles', 'read_lc25000', 'lc25000_twin',
            'read_pcam', 'pcam_twin', 'read_sicap', 'sicap_twin']
 
-# %% ../../../nbs/17a_histology.ipynb #1ba33367
+# %% ../../../nbs/17a_histology.ipynb #60ffe92f
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from scipy.ndimage import map_coordinates
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ...core import DataError, atomic, generator, seed_from
+from ...core import DataError, atomic, generator
 from ..images import read_image, resize, to_channels
 from ..pairs import Corpus, split_groups
 from .base import (
@@ -44,7 +44,7 @@ def _corpus(name, folder, frames, classes, **pixels):
     check_groups(frame, folder)
     return Corpus(frame, name=name, classes=tuple(classes), source=source_of(folder), root=Path(folder), **pixels)
 
-# %% ../../../nbs/17a_histology.ipynb #036332e9
+# %% ../../../nbs/17a_histology.ipynb #8d1af854
 def _deal(n, classes, splits):
     "Give each of n images a class number, a round and a split: classes take turns, rounds of them go to the splits in turn."
     i = np.arange(n)
@@ -53,7 +53,7 @@ def _deal(n, classes, splits):
 
 def _phantoms(name, codes, seed, size=64):
     "Draw phantoms that no other set draws."
-    return [o.image for o in twin_samples('histology', codes, size=size, seed=seed_from('histology twin', name, seed))]
+    return [o.image for o in twin_samples('histology', codes, name=name, size=size, seed=seed)]
 
 
 def _write_image(path, pixels):

@@ -6,7 +6,7 @@
 __all__ = ['DEAD_LINKS', 'LITERATURE', 'read_pmc_oa', 'pmc_oa_twin', 'read_quilt_1m', 'quilt_1m_twin', 'read_roco', 'roco_twin',
            'read_roco_v2', 'roco_v2_twin', 'read_deepeyenet', 'deepeyenet_twin']
 
-# %% ../../../nbs/17e_literature.ipynb #0efaa5b3
+# %% ../../../nbs/17e_literature.ipynb #59cdc5b5
 import io
 import itertools
 import json
@@ -22,9 +22,9 @@ from PIL import Image
 from ...core import DataError, atomic, content_hash, generator, write_json
 from ..pairs import Corpus, split_groups
 from .base import (DataSet, EmbeddedImages, Remote, check_labels, mark_twin, need_file, need_folder, read_table,
-                                        source_of, twin_samples)
+                                        source_of, twin_samples, write_table)
 
-# %% ../../../nbs/17e_literature.ipynb #0a9aa1c8
+# %% ../../../nbs/17e_literature.ipynb #dd25f212
 DEAD_LINKS = 0.01 # share of listed images that may be missing: figures that their publisher moved or withdrew
 
 
@@ -78,7 +78,7 @@ def _bad(row, folder, what, remedy): return DataError(what.format(row.image), fi
 def _present(images, folder):
     "Tell which image paths exist, with one look into each folder."
     folders = images.str.rpartition('/')[0].unique()
-    return images.isin({f'{o}/{e.name}' for o in folders for e in os.scandir(need_folder(folder / o))}).to_numpy()
+    return images.isin({f'{o}/{e.name}' for o in folders if (folder / o).is_dir() for e in os.scandir(folder / o)}).to_numpy()
 
 
 def _report(raw, rows, what):
@@ -114,13 +114,13 @@ def _article(images): # series of paths → series of PMC ids, NaN where there i
     "Find the PubMed Central id that a file name begins with."
     return images.str.extract(r'(?:^|/)(PMC\d+)', expand=False)
 
-# %% ../../../nbs/17e_literature.ipynb #dfe25edd
+# %% ../../../nbs/17e_literature.ipynb #20729842
 _TURN = ('train', 'train', 'valid', 'test')
 
 
-def _figures(modality, n, seed):
+def _figures(name, modality, n, seed):
     "Draw n phantoms, two to an article, as (sample, split, number of the article, number of the figure)."
-    samples = twin_samples(modality, np.arange(n) % 4, seed=seed)
+    samples = twin_samples(modality, np.arange(n) % 4, name=name, seed=seed)
     return [(o, _TURN[i // 2 % 4], i // 2, i % 2 + 1) for i, o in enumerate(samples)]
 
 
@@ -130,14 +130,10 @@ def _save(image, path):
     Image.fromarray(image).save(path, quality=95)
 
 
-def _write_csv(path, frame, **options):
-    with atomic(path) as tmp: frame.to_csv(tmp, lineterminator='\n', **({'index': False} | options))
-
-
 def _write_jsonl(path, rows):
     with atomic(path) as tmp: tmp.write_text(''.join(json.dumps(o) + '\n' for o in rows), encoding='utf-8')
 
-# %% ../../../nbs/17e_literature.ipynb #3b9de061
+# %% ../../../nbs/17e_literature.ipynb #2df356a7
 _PMC_OA_IMAGES = 'caption_T060_filtered_top4_sep_v0_subfigures' # the folder inside the archive of the present release
 
 
@@ -166,7 +162,7 @@ def pmc_oa_twin(
 ):
     "Write a miniature of PMC-OA filled with chest phantoms."
     folder, images, tables = Path(folder), 'images' if release == 'splits' else _PMC_OA_IMAGES, {}
-    for o, split, article, k in _figures('chest', n, seed):
+    for o, split, article, k in _figures('pmc_oa', 'chest', n, seed):
         pmcid = f'PMC{2_000_000 + article}'
         row = {'image': f'{pmcid}_Fig{k}_{article % 3}.jpg', 'caption': f'{"AB"[k - 1]}. {o.text}'}
         _save(o.image, folder/images/row['image'])
@@ -176,7 +172,7 @@ def pmc_oa_twin(
     for name, rows in tables.items(): _write_jsonl(folder/f'{name}.jsonl', rows)
     mark_twin(folder, 'pmc_oa', n, seed)
 
-# %% ../../../nbs/17e_literature.ipynb #d1b67c66
+# %% ../../../nbs/17e_literature.ipynb #b72edb40
 _SUBSETS = ('openpath', 'pubmed', 'quilt', 'laion')
 
 
@@ -208,7 +204,7 @@ def quilt_1m_twin(
 ):
     "Write a miniature of Quilt-1M filled with histology phantoms; two videos of a part share a caption."
     folder, rows = Path(folder), []
-    for o, split, video, k in _figures('histology', n, seed):
+    for o, split, video, k in _figures('quilt_1m', 'histology', n, seed):
         name = f'twin{video:07d}_image_{content_hash(seed, video, k)}.jpg'
         _save(o.image, folder/'quilt_1m'/name)
         texts = (o.text, o.sentences[0]) if k == 1 else ('Unremarkable tissue.' if video % 3 == 0 else o.text,)
@@ -216,13 +212,13 @@ def quilt_1m_twin(
                   'pathology': "['Twin']", 'roi_text': '', 'noisy_text': t, 'corrected_text': t, 'med_umls_ids': '[]',
                   'magnification': float(video % 3), 'height': float(o.image.shape[0]), 'width': float(o.image.shape[1])} for t in texts]
     frame = pd.DataFrame(rows)
-    if release == 'lookup': _write_csv(folder/'quilt_1M_lookup.csv', frame, index=True)
+    if release == 'lookup': write_table(folder/'quilt_1M_lookup.csv', frame, index=True)
     else:
         for part in ('train', 'val'):
-            _write_csv(folder/f'quilt_1m_{part}.csv', frame.loc[frame.split == part, ['image_path', 'caption', 'roi_text']])
+            write_table(folder/f'quilt_1m_{part}.csv', frame.loc[frame.split == part, ['image_path', 'caption', 'roi_text']])
     mark_twin(folder, 'quilt_1m', n, seed)
 
-# %% ../../../nbs/17e_literature.ipynb #45d59a80
+# %% ../../../nbs/17e_literature.ipynb #47304ad7
 _ROCO = {'train': ('train', 'train'), 'valid': ('validation', 'val'), 'test': ('test', 'test')} # folder, part of the file name
 
 
@@ -246,15 +242,15 @@ def roco_twin(
 ):
     "Write a miniature of ROCO filled with CT phantoms; every eighth caption is the same."
     folder, tables = Path(folder), {}
-    for i, (o, split, article, k) in enumerate(_figures('ct', n, seed)):
+    for i, (o, split, article, k) in enumerate(_figures('roco', 'ct', n, seed)):
         row = {'id': f'ROCO_{i + 1:05d}', 'name': f'PMC{4_000_000 + article}_TWIN-{article}-g{k:03d}.jpg',
                'caption': 'Computed tomography of the abdomen.' if i // 4 % 8 == 1 else o.text}
         _save(o.image, folder/_ROCO[split][0]/'radiology'/'images'/row['name'])
         tables.setdefault(split, []).append(row)
-    for split, rows in tables.items(): _write_csv(folder/_ROCO[split][0]/f'radiology{_ROCO[split][1]}data.csv', pd.DataFrame(rows))
+    for split, rows in tables.items(): write_table(folder/_ROCO[split][0]/f'radiology{_ROCO[split][1]}data.csv', pd.DataFrame(rows))
     mark_twin(folder, 'roco', n, seed)
 
-# %% ../../../nbs/17e_literature.ipynb #d77526f5
+# %% ../../../nbs/17e_literature.ipynb #2f89e1f6
 def read_roco_v2(
     folder, # holds data/train-*.parquet, data/validation-*.parquet and data/test-*.parquet
 ) -> Corpus:
@@ -285,7 +281,7 @@ def roco_v2_twin(
 ):
     "Write a miniature of ROCOv2 filled with CT phantoms."
     folder, tables = Path(folder), {}
-    for o, split, _, _ in _figures('ct', n, seed):
+    for o, split, _, _ in _figures('roco_v2', 'ct', n, seed):
         rows, name = tables.setdefault(split, []), _ROCO[split][0]
         image_id, buffer = f'ROCOv2_2023_{"valid" if split == "valid" else name}_{len(rows) + 1:06d}', io.BytesIO()
         Image.fromarray(o.image).save(buffer, 'JPEG', quality=95)
@@ -296,7 +292,7 @@ def roco_v2_twin(
             pq.write_table(pa.Table.from_pylist(rows), tmp, row_group_size=100)
     mark_twin(folder, 'roco_v2', n, seed)
 
-# %% ../../../nbs/17e_literature.ipynb #8f65ad67
+# %% ../../../nbs/17e_literature.ipynb #a458d40a
 _EYENET = {'train': 'train_set', 'valid': 'val_set', 'test': 'test_set'}
 
 
@@ -333,7 +329,7 @@ def deepeyenet_twin(
 ):
     "Write a miniature of DeepEyeNet filled with fundus phantoms."
     folder, tables = Path(folder), {o: [] for o in _EYENET}
-    for _, pair in itertools.groupby(_figures('fundus', n, seed), lambda o: o[2]):
+    for _, pair in itertools.groupby(_figures('deepeyenet', 'fundus', n, seed), lambda o: o[2]):
         pair = list(pair)
         first, split, eye, _ = pair[0]
         age = int(generator('deepeyenet twin', seed, eye).integers(20, 80))

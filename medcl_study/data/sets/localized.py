@@ -101,12 +101,12 @@ def _corpus(name, folder, classes, ids, regions, root=None, **columns):
     check_groups(frame, folder)
     return Corpus(frame, name=name, classes=classes, source=source_of(folder), root=Path(root or folder))
 
-# %% ../../../nbs/17f_localized.ipynb #6ae22d66
-def _phantoms(kinds, splits, seed):
+# %% ../../../nbs/17f_localized.ipynb #ab079846
+def _phantoms(name, kinds, splits, seed):
     "Draw a phantom for each image; inside a split the kinds (class numbers of `twin_samples`) take turns."
     turn = pd.Series(list(splits)).groupby(list(splits)).cumcount()
     numbers = [kinds[o % len(kinds)] for o in turn]
-    return numbers, twin_samples('chest', numbers, seed=seed)
+    return numbers, twin_samples('chest', numbers, name=name, seed=seed)
 
 
 def _found(sample): return {o.label: o.mask for o in sample.regions} # finding → bool (h, w)
@@ -157,7 +157,7 @@ def _write_dicom(path, pixels, *, uids, **tags):
 
 def _dicom_uid(kind, number): return f'1.2.276.0.7230010.3.1.{kind}.8323329.{number}.1517875160.{100_000 + number}'
 
-# %% ../../../nbs/17f_localized.ipynb #0dcf1102
+# %% ../../../nbs/17f_localized.ipynb #ec06f007
 _RSNA_BOX = ('x', 'y', 'width', 'height')
 _RSNA_DETAIL = ('Normal', 'No Lung Opacity / Not Normal', 'Lung Opacity')
 _RSNA_PATIENTS = Remote('https://s3.amazonaws.com/east1.public.rsna.org/AI/2018/pneumonia-challenge-dataset-mappings_2018.json')
@@ -212,7 +212,8 @@ def rsna_pneumonia_twin(folder, n: int = 64, seed: int = 0):
     folder, kinds = Path(folder), {4: 'Lung Opacity', 0: 'Normal', 2: 'No Lung Opacity / Not Normal'}
     ids = [str(uuid.UUID(bytes=generator('rsna twin', seed, i).bytes(16))) for i in range(n)]
     films = [f'{1 + 2*i//3:08d}_{i % 3:03d}.png' for i in range(n)] # a patient has one film or two
-    numbers, samples = _phantoms((4, 0, 4, 2), split_groups([o.split('_')[0] for o in films], fractions=_SHARES), seed)
+    splits = split_groups([o.split('_')[0] for o in films], fractions=_SHARES)
+    numbers, samples = _phantoms('rsna_pneumonia', (4, 0, 4, 2), splits, seed)
     rows, detail = [], []
     for i, (name, number, sample) in enumerate(zip(ids, numbers, samples)):
         boxes = [_pixel_box(o, 16) for o in _parts(_found(sample)['consolidation'])] if number == 4 else [('',) * 4]
@@ -226,7 +227,7 @@ def rsna_pneumonia_twin(folder, n: int = 64, seed: int = 0):
                [{'subset_img_id': o, 'img_id': film} for o, film in zip(ids, films)])
     mark_twin(folder, 'rsna_pneumonia', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #02f07fcd
+# %% ../../../nbs/17f_localized.ipynb #05ed193f
 def read_siim_pneumothorax(
     folder, # holds train-rle.csv and dicom-images-train/<study>/<series>/<image>.dcm
 ) -> Corpus: # class 'pneumothorax'; who is the patient of an image is not known
@@ -260,7 +261,7 @@ def siim_pneumothorax_twin(folder, n: int = 64, seed: int = 0):
     "Write SIIM-ACR's layout with phantoms; every second mask comes in two annotations that overlap."
     folder, rows = Path(folder), []
     ids = [_dicom_uid(4, i) for i in range(n)]
-    numbers, samples = _phantoms((3, 0), split_groups(ids, fractions=_SHARES), seed)
+    numbers, samples = _phantoms('siim_pneumothorax', (3, 0), split_groups(ids, fractions=_SHARES), seed)
     for i, (name, number, sample) in enumerate(zip(ids, numbers, samples)):
         mask = _enlarge(_found(sample)['pneumothorax'], 16) if number else None
         middle = int(np.median(np.flatnonzero(mask.any(0)))) if number else 0
@@ -271,7 +272,7 @@ def siim_pneumothorax_twin(folder, n: int = 64, seed: int = 0):
     write_table(folder/'train-rle.csv', pd.DataFrame(rows, columns=['ImageId', ' EncodedPixels']))
     mark_twin(folder, 'siim_pneumothorax', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #5f0d2aa6
+# %% ../../../nbs/17f_localized.ipynb #b9541cc6
 _NIH_BOX = ('Bbox [x', 'y', 'w', 'h]')
 _NIH = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltrate', 'Mass', 'Nodule', 'Pneumonia', 'Pneumothorax')
 _CLEAN = 100 # images without findings
@@ -330,7 +331,7 @@ def nih_boxes_twin(folder, n: int = 64, seed: int = 0):
     folder, rows, entry = Path(folder), [], []
     patients = [1 + 2*i//3 for i in range(n)] # a patient has one film or two
     names = [f'{patient:08d}_{i % 3:03d}.png' for i, patient in enumerate(patients)]
-    numbers, samples = _phantoms(tuple(_NIH_TWIN), split_groups([str(o) for o in patients], fractions=_SHARES), seed)
+    numbers, samples = _phantoms('nih_boxes', tuple(_NIH_TWIN), split_groups([str(o) for o in patients], fractions=_SHARES), seed)
     for i, (name, patient, number, sample) in enumerate(zip(names, patients, numbers, samples)):
         called = _NIH_TWIN[number]
         for finding, label in called.items():
@@ -345,7 +346,7 @@ def nih_boxes_twin(folder, n: int = 64, seed: int = 0):
     (folder/'test_list.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
     mark_twin(folder, 'nih_boxes', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #060af6aa
+# %% ../../../nbs/17f_localized.ipynb #9aff19a2
 def read_object_cxr(
     folder, # holds train.csv, train/*.jpg, dev.csv, dev/*.jpg
 ) -> Corpus: # class 'foreign object'; rectangles have a box alone, ellipses and polygons a mask too
@@ -405,7 +406,7 @@ def object_cxr_twin(folder, n: int = 64, seed: int = 0):
     folder, n_dev = Path(folder), n // 5
     images = [f'{"dev" if i >= n - n_dev else "train"}/{i + 1:05d}.jpg' for i in range(n)]
     splits = split_groups(images[:n - n_dev], fractions={'train': .8, 'valid': .2}).tolist() + ['test'] * n_dev
-    numbers, samples = _phantoms((5, 0, 2, 0, 4, 0), splits, seed)
+    numbers, samples = _phantoms('object_cxr', (5, 0, 2, 0, 4, 0), splits, seed)
     rows = []
     for i, (image, number, sample) in enumerate(zip(images, numbers, samples)):
         canvas = i % 7, 4 + i % 20, 72, 96 + i % 9 # top, left, height, width
@@ -431,7 +432,7 @@ def _hull(mask):
     corners = np.unique(np.concatenate([np.stack([y + dy, x + dx], 1) for dy in (0, 1) for dx in (0, 1)]), axis=0)
     return corners[ConvexHull(corners).vertices].tolist()
 
-# %% ../../../nbs/17f_localized.ipynb #0ee1c583
+# %% ../../../nbs/17f_localized.ipynb #1c9b0edc
 _COVID_VALID = (
     16406489, 16406490, 16406526, 16406542, 16424076, 16424077, 16424081, 16424082, 16424083, 16424106, 16424129, 16434349,
     16434378, 16434380, 16434381, 16434396, 16439183, 16439192, 16439194, 16439216, 16445138, 16445143, 16445168)
@@ -477,7 +478,7 @@ def covid_rural_twin(folder, n: int = 64, seed: int = 0):
     home, patients = Path(folder)/'covid_rural_annot', (range(16_400_000, 16_400_000 + n), _COVID_VALID, _COVID_TEST)
     for o in ('jpgs', 'pngs_masks'): (home/o).mkdir(parents=True, exist_ok=True)
     parts = np.repeat(np.arange(3), (n - 2*(n//5), n//5, n//5))
-    numbers, samples = _phantoms((4, 0), parts, seed)
+    numbers, samples = _phantoms('covid_rural', (4, 0), parts, seed)
     for i, (part, number, sample) in enumerate(zip(parts, numbers, samples)):
         film = int((parts[:i] == part).sum())
         patient = patients[part][film//2 % len(patients[part])]
@@ -487,7 +488,7 @@ def covid_rural_twin(folder, n: int = 64, seed: int = 0):
         Image.fromarray(_place(mask.astype(np.uint8), *canvas)).save(home/'pngs_masks'/f'{name}.png')
     mark_twin(folder, 'covid_rural', n, seed)
 
-# %% ../../../nbs/17f_localized.ipynb #70235725
+# %% ../../../nbs/17f_localized.ipynb #fc97921e
 _MS_CXR = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Lung Opacity', 'Pleural Effusion', 'Pneumonia',
            'Pneumothorax')
 _MS_COLUMNS = ('dicom_id', 'category_name', 'label_text', 'path', 'x', 'y', 'w', 'h', 'image_width', 'image_height', 'split')
@@ -554,7 +555,7 @@ def ms_cxr_twin(folder, n: int = 64, seed: int = 0):
     folder, rows = Path(folder), []
     patients = [f'p1{o % 10}{o:06d}' for o in (2*i//3 for i in range(n))]
     where = split_groups(patients, fractions={'train': .7, 'valid': .15, 'test': .15}, seed=seed)
-    numbers, samples = _phantoms(tuple(_MS_TWIN), where, seed)
+    numbers, samples = _phantoms('ms_cxr', tuple(_MS_TWIN), where, seed)
     for i, (patient, number, split, sample) in enumerate(zip(patients, numbers, where, samples)):
         dicom = '-'.join(f'{o:08x}' for o in generator('ms_cxr twin', seed, i).integers(0, 2**32, 5))
         path, canvas = f'files/{patient[:3]}/{patient}/s{50_000_000 + i}/{dicom}.jpg', (9, 2, 80, 68)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEDMNIST', 'read_medmnist', 'read_medmnist_set', 'medmnist_twin']
 
-# %% ../../../nbs/17b_medmnist.ipynb #3203a033
+# %% ../../../nbs/17b_medmnist.ipynb #ab6904ca
 import zipfile
 import zlib
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import DataError, atomic, seed_from
+from ...core import DataError, atomic
 from ..images import to_channels
 from ..pairs import Corpus
 from ..phantom import MODALITIES
@@ -102,7 +102,7 @@ def read_medmnist_set(
     raise DataError(f'images of {found[0]} x {found[1]} pixels; expected {size} x {size}', file=path,
                     remedy=f'Download {path.name} again.')
 
-# %% ../../../nbs/17b_medmnist.ipynb #49ee9e77
+# %% ../../../nbs/17b_medmnist.ipynb #24682193
 _NUMBERING = {'breastmnist': ('malignant', 'normal, benign')} # the file's order, where it is not ours
 _COLOUR = ('pathmnist', 'dermamnist', 'retinamnist', 'bloodmnist')
 
@@ -119,7 +119,7 @@ def medmnist_twin(
     o, counts = MEDMNIST[name], (n - 2 * (n // 4), n // 4, n // 4)
     kinds = len(o.classes) + (o.kind == 'multilabel')
     number = np.concatenate([np.arange(k) % kinds for k in counts])
-    samples = twin_samples(o.stands_in, number, size=size, seed=seed_from('twin', name, seed))
+    samples = twin_samples(o.stands_in, number, name=name, size=size, seed=seed)
     images = np.stack([to_channels(s.image, 3 if name in _COLOUR else 1) for s in samples])
     labels = _twin_rows(o, number, samples) if o.kind == 'multilabel' else _twin_numbers(o, number)
     arrays = {'images': images if name in _COLOUR else images[..., 0], 'labels': labels}

@@ -96,14 +96,15 @@ def read_vqa_rad(
             modality='radiology, ' + frame.image_organ.str.lower(), kind=_kinds(frame.answer_type, path, frame.row)),
         name='vqa_rad', folder=folder, path=path)
 
-# %% ../../../nbs/17g_questions.ipynb #3cd19bc4
+# %% ../../../nbs/17g_questions.ipynb #ec5a42ab
 _ORGANS = {'chest': ('CHEST', 'X-Ray', 'Lung'), 'ct': ('ABD', 'CT', 'Abdomen')} # as VQA-RAD, and as SLAKE calls them
 
 
-def _twin_pictures(n, seed, names=tuple(_ORGANS)):
+def _twin_pictures(name, n, seed, modalities=tuple(_ORGANS)):
     "Draw `n` phantoms, taking turns between modalities: (modality, sample) each."
-    each = [twin_samples(o, np.arange((n - i + len(names) - 1) // len(names)) % 7, seed=seed) for i, o in enumerate(names)]
-    return [(names[i % len(names)], each[i % len(names)][i // len(names)]) for i in range(n)]
+    k = len(modalities)
+    each = [twin_samples(o, np.arange((n - i + k - 1) // k) % 7, name=name, seed=seed) for i, o in enumerate(modalities)]
+    return [(modalities[i % k], each[i % k][i // k]) for i in range(n)]
 
 
 def _save(pixels, path):
@@ -114,7 +115,7 @@ def _save(pixels, path):
 def vqa_rad_twin(folder, n=64, seed=0):
     "Write VQA-RAD's layout with `n` phantoms."
     folder, rng, rows = Path(folder), generator('vqa_rad twin', seed), []
-    for i, (modality, sample) in enumerate(_twin_pictures(n, seed)):
+    for i, (modality, sample) in enumerate(_twin_pictures('vqa_rad', n, seed)):
         name = f'synpic{10000 + 7 * i}.jpg'
         _save(sample.image, folder/_RAD_IMAGES/name)
         case = f'00000000-0000-4000-8000-{max(i, 1):012d}' # the first two images are of one case
@@ -188,12 +189,12 @@ def _read_shard(path):
     frame = pd.concat(parts, ignore_index=True).assign(split=path.name.split('-')[0])
     return frame.assign(row=[f'{i} ({path.name})' for i in range(1, len(frame) + 1)])
 
-# %% ../../../nbs/17g_questions.ipynb #79575b24
+# %% ../../../nbs/17g_questions.ipynb #69c7cada
 def path_vqa_twin(folder, n=64, seed=0):
     "Write PathVQA's layout with `n` phantoms of histology."
     folder, splits = Path(folder), {'train': [], 'validation': [], 'test': []}
     names = split_groups(np.arange(n), fractions={'train': .6, 'validation': .2, 'test': .2}, seed=seed)
-    for i, (_, sample) in enumerate(_twin_pictures(n, seed, ('histology',))):
+    for i, (_, sample) in enumerate(_twin_pictures('path_vqa', n, seed, ('histology',))):
         raw = _jpeg(sample.image)
         image = {'bytes': raw, 'path': None}
         splits[names[i]] += [{'image': image, 'question': q.question.lower(), 'answer': q.answer.lower()} for q in sample.questions]
@@ -252,7 +253,7 @@ def _slake_split(path, split):
         id='slake/' + split + '_' + frame.qid, group=frame.img_name.str.split('/').str[0], split=split, language=frame.q_lang,
         modality=frame.modality, kind=_kinds(frame.answer_type, path, frame.row), file=path.name)
 
-# %% ../../../nbs/17g_questions.ipynb #e83fcf14
+# %% ../../../nbs/17g_questions.ipynb #6163849b
 _CONTENT = { # first words of a phantom's question → content type, and how it is asked in Chinese
     'What kind': ('Modality', '图像的模态是什么？'),
     'Which': ('Abnormality', '图中有哪些异常？'),
@@ -266,7 +267,7 @@ def slake_twin(folder, n=64, seed=0):
     "Write SLAKE's layout with `n` phantoms."
     folder, tables = Path(folder), {'train': [], 'validation': [], 'test': []}
     names = split_groups(np.arange(n), fractions={'train': .6, 'validation': .2, 'test': .2}, seed=seed)
-    for i, (modality, sample) in enumerate(_twin_pictures(n, seed)):
+    for i, (modality, sample) in enumerate(_twin_pictures('slake', n, seed)):
         at, rows = folder/'imgs'/f'xmlab{i}', []
         for q in sample.questions:
             content, chinese = next(v for k, v in _CONTENT.items() if q.question.startswith(k))

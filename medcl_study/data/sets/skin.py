@@ -6,7 +6,7 @@
 __all__ = ['PAD_UFES_20', 'HAM10000', 'VINDR_MAMMO', 'SKIN', 'read_pad_ufes_20', 'pad_ufes_20_twin', 'read_skin_cancer',
            'skin_cancer_twin', 'read_vindr_mammo', 'vindr_mammo_twin']
 
-# %% ../../../nbs/17c_skin.ipynb #195e6cb9
+# %% ../../../nbs/17c_skin.ipynb #d80bc469
 import ast
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ...core import DataError, content_hash, seed_from
+from ...core import DataError, content_hash
 from ..pairs import Corpus, split_groups
 from ..phantom import MODALITIES
 from .base import (
@@ -51,7 +51,7 @@ def _placed(names, folder, places, path):
     raise DataError(f'{names[lost].iloc[0]!r} is in none of {[o or folder.name for o in places]} ({lost.sum():,} of {len(names):,} listed '
                     'files are missing)', file=path, row=int(lost.idxmax()) + 2, remedy='The archive is half extracted; extract it again.')
 
-# %% ../../../nbs/17c_skin.ipynb #2c812638
+# %% ../../../nbs/17c_skin.ipynb #af77729d
 def _cases(n, group_name, classes, by_group):
     "Give each of n images the number of its group and of its class."
     group = np.arange(n) * 2 // 3
@@ -63,7 +63,7 @@ def _cases(n, group_name, classes, by_group):
 
 def _phantoms(name, modality, number, seed):
     "Draw phantoms that no other set draws."
-    return twin_samples(modality, number, seed=seed_from('twin', name, seed))
+    return twin_samples(modality, number, name=name, seed=seed)
 
 
 def _save(path, pixels):
