@@ -49,8 +49,9 @@ LAYERS = {
     'studies': [''],
 }
 # Importing these must not load torch: they read tables and numbers, also on a machine without it.
-TORCH_FREE = ['core', 'data.pairs', 'data.text', 'data.phantom', 'data.sets', 'metrics', 'stats', 'predictions', 'results', 'pages',
-              'figures', 'sections', 'questions', 'report']
+TORCH_FREE = ['core', 'data.pairs', 'data.text', 'data.images', 'data.regions', 'data.reports', 'data.phantom', 'data.sets',
+              'data.audit', 'data.corpora', 'data.tasks', 'data.twins', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures',
+              'sections', 'questions', 'report']
 # What the purest layers may import from outside the standard library.
 OUTSIDE = {'metrics': {'numpy', 'scipy'}, 'stats': {'numpy', 'scipy'}, 'losses': {'torch', 'numpy', 'scipy'},
            'embeddings': {'torch'}, 'methods': {'torch'}}

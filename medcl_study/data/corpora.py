@@ -115,7 +115,7 @@ def _read_phantoms(folder=None):
     "Make phantoms of all modalities at 64 pixels; nothing is read, and nothing drawn until it is asked for."
     return join({split: phantom_corpus('mixed', n, split=split) for split, n in PHANTOMS.items()}, name='phantom')
 
-# %% ../../nbs/19a_corpora.ipynb #d7348104
+# %% ../../nbs/19a_corpora.ipynb #e0d3b815
 CORPORA = {o.name: o for o in (
     LITERATURE['pmc_oa'], LITERATURE['quilt_1m'], CHEST['mimic_cxr_frontal'], CHEST['mimic_cxr_all'], LITERATURE['roco'],
     LITERATURE['roco_v2'],
@@ -125,7 +125,8 @@ CORPORA = {o.name: o for o in (
                   'in manifest/, images below it; a manifest elsewhere below MEDCL_DATA is asked for by its path.'),
     DataSet('sample_pairs', 'Public sample of real images', 'pairs', _read_sample, _sample_twin,
             'CT, MR, X-ray and ultrasound', 'ct', 'see the manifest of the sample', 'per image', 'open', '', folder='.',
-            group='case, clip or patient', split='by group', counts={'train': 1788, 'valid': 229, 'test': 290}, steps='Point MEDCL_DATA at the sample.',
+            group='case, clip or patient', split='by group',
+            counts={'train': 1788, 'valid': 229, 'test': 290}, steps='Point MEDCL_DATA at the sample.',
             note='Without the rows whose cases neighbour those of VQA-RAD. Too few to train a model to a useful level.'),
     DataSet('phantom', 'Phantoms of six modalities', 'pairs', _read_phantoms, _phantom_twin, 'six modalities', 'chest',
             'this study', 'Apache-2.0', 'open', '', split='patients of other seeds', group='patient', counts=PHANTOMS,
