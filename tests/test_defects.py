@@ -5,11 +5,14 @@ the batch (test_evaluation), repeated texts as wrong answers (test_evaluation, t
 """
 import random
 import re
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from medcl_study.core import DataError
 from medcl_study.data.corpora import mixture
 from medcl_study.data.images import pack, read_image, resize, to_channels
 from medcl_study.data.sets.localized import fraction
@@ -129,3 +132,30 @@ def test_binary_decisions_do_not_depend_on_the_batch(low, high):
         assert sum(accuracy(scores[o], targets[o]) * len(o) for o in parts) == pytest.approx(whole * 200)
     order = rng.permutation(200)
     assert balanced_accuracy(scores[order], targets[order]) == balanced_accuracy(scores, targets)
+
+
+# ---- files that are not as they were published
+
+LISTED = sorted({o.folder: k for k, o in DATA_SETS.items() if o.folder not in ('medmnist', 'pcam', 'path_vqa', 'roco_v2')}.values())
+
+
+@pytest.mark.parametrize('name', LISTED)
+def test_half_of_an_archive_is_refused(root, tmp_path, name):
+    "Images missing from the middle of a set never made it smaller in silence."
+    folder = shutil.copytree(root/DATA_SETS[name].folder, tmp_path/DATA_SETS[name].folder)
+    images = sorted(o for o in folder.rglob('*') if o.suffix in ('.jpg', '.jpeg', '.png', '.tif', '.dcm', '.dicom') and 'mask' not in str(o))
+    for o in images[::2]: o.unlink()
+    with pytest.raises(DataError): read_set(name, tmp_path)
+
+
+@each
+def test_a_column_more_changes_nothing(root, corpora, tmp_path, name):
+    shutil.copytree(root/DATA_SETS[name].folder, tmp_path/DATA_SETS[name].folder)
+    for path in (o for o in tmp_path.rglob('*.csv') if o.name != 'microscopy_ground_truth.csv'): # which has no names
+        lines = path.read_text(encoding='utf-8-sig').splitlines()
+        pd.read_csv(path, dtype=str, keep_default_na=False).assign(reviewer='x').to_csv(path, index=False)
+        header = path.read_text().split('\n', 1)
+        path.write_text(f'{lines[0]},reviewer\n{header[1]}') # names that pandas changes are put back
+    for path in tmp_path.rglob('*.xlsx'): pd.read_excel(path, dtype=object).assign(reviewer='x').to_excel(path, index=False)
+    columns = ['id', 'split', 'group', 'labels', 'text']
+    assert read_set(name, tmp_path).frame[columns].equals(corpora[name].frame[columns])
