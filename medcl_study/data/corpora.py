@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFESTS', 'PHANTOMS', 'CORPORA', 'VALID_SHARE', 'JoinedCorpus', 'join', 'read_corpus', 'mixture']
 
-# %% ../../nbs/19a_corpora.ipynb #60b02a17
+# %% ../../nbs/19a_corpora.ipynb #c95547fc
 import copy
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core import DataError, content_hash, data_root, generator
-from .pairs import Corpus, Sample, read_manifest, split_groups
+from .pairs import Corpus, Sample, read_manifest, split_groups, with_valid
 from .phantom import phantom_corpus
 from .sets.base import DataSet, mark_twin, source_of, twin_samples, write_table
 from .sets.chest import CHEST
@@ -133,7 +133,7 @@ CORPORA = {o.name: o for o in (
             note='Made on demand; no folder is read.'),
 )}
 
-# %% ../../nbs/19a_corpora.ipynb #faf24fb8
+# %% ../../nbs/19a_corpora.ipynb #7c612e00
 VALID_SHARE = 0.01 # of the training rows, where a release has no valid part
 
 
@@ -154,14 +154,9 @@ def read_corpus(
 
 def _with_parts(corpus):
     "Cut splits by group where there are none, and set a valid part aside where only that is missing."
-    frame = corpus.frame
-    split, group = frame.split.to_numpy(object).copy(), frame.group.where(frame.group != '', frame.id).to_numpy()
-    if (split == '').all(): split = split_groups(group)
-    elif 'valid' not in split and (rows := split == 'train').any():
-        share = max(VALID_SHARE, 1 / len(set(group[rows])))
-        split[rows] = split_groups(group[rows], fractions={'train': 1 - share, 'valid': share})
+    if (corpus.frame.split != '').any(): return with_valid(corpus, VALID_SHARE)
     out = copy.copy(corpus)
-    out.frame = frame.assign(split=split)
+    out.frame = corpus.frame.assign(split=split_groups(corpus.frame.group.where(corpus.frame.group != '', corpus.frame.id).to_numpy()))
     return out
 
 # %% ../../nbs/19a_corpora.ipynb #888dd50b

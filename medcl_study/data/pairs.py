@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLIT_NAMES', 'Region', 'Question', 'Sample', 'normalise_text', 'Corpus', 'ManifestError', 'read_manifest',
-           'split_groups', 'write_manifest']
+           'split_groups', 'with_valid', 'write_manifest']
 
-# %% ../../nbs/10_pairs.ipynb #91fc42b2
+# %% ../../nbs/10_pairs.ipynb #f20fab46
+import copy
 import json
 import os
 import posixpath
@@ -286,7 +287,7 @@ def _canonical(raw, columns, path, modality):
     out['split'] = out.split.map(lambda o: SPLIT_NAMES.get(o.strip().lower(), o)).astype(object)
     return out
 
-# %% ../../nbs/10_pairs.ipynb #d0f024eb
+# %% ../../nbs/10_pairs.ipynb #19a78c26
 def split_groups(
     groups, # one group name per row
     *,
@@ -304,6 +305,22 @@ def split_groups(
     assigned = np.empty(len(names), dtype=object)
     assigned[order] = np.array(list(fractions), dtype=object)[part]
     return assigned[inverse]
+
+
+def with_valid(
+    corpus: Corpus,
+    share: float, # of the training rows
+) -> Corpus: # the same rows
+    "Set a part of the training groups aside as valid where a corpus has none, the same rows at every call."
+    split = corpus.frame.split.to_numpy(object).copy()
+    rows = split == 'train'
+    if 'valid' in split or not rows.any(): return corpus
+    group = corpus.frame.group.where(corpus.frame.group != '', corpus.frame.id).to_numpy()[rows]
+    share = max(share, 1 / len(set(group)))
+    split[rows] = split_groups(group, fractions={'train': 1 - share, 'valid': share})
+    out = copy.copy(corpus)
+    out.frame = corpus.frame.assign(split=split)
+    return out
 
 # %% ../../nbs/10_pairs.ipynb #871ec8b5
 def write_manifest(corpus: Corpus, path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA_SETS', 'TWIN_SIZE', 'make_twin', 'make_twins', 'read_set', 'check_set']
 
-# %% ../../nbs/19d_twins.ipynb #4373a104
+# %% ../../nbs/19d_twins.ipynb #2a6377f1
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ import pandas as pd
 from ..core import DataError
 from .corpora import CORPORA
 from .images import read_image
-from .pairs import Corpus
+from .pairs import Corpus, with_valid
 from .sets.base import DataSet, source_of
 from .sets.localized import check_regions
 from .sets.questions import check_questions
-from .tasks import TASKS, with_valid
+from .tasks import TASKS, VALID_SHARE
 
 # %% ../../nbs/19d_twins.ipynb #3799651f
 DATA_SETS: dict[str, DataSet] = {k: o for k, o in (TASKS | CORPORA).items() if k not in ('phantom', 'sample_pairs')}
@@ -51,14 +51,14 @@ def make_twins(
     "Write the miniatures of several data sets."
     return {name: make_twin(name, folder, n, seed=seed) for name in names or DATA_SETS}
 
-# %% ../../nbs/19d_twins.ipynb #dc047d0e
+# %% ../../nbs/19d_twins.ipynb #ca871eb4
 def read_set(
     name: str, # a key of DATA_SETS
     root, # folder of all data sets
 ) -> Corpus:
     "Read one data set from its folder below the root; raises what its reader raises."
     row = DATA_SETS[name]
-    return with_valid(row.read(Path(root)/row.folder))
+    return with_valid(row.read(Path(root)/row.folder), VALID_SHARE)
 
 
 def check_set(
