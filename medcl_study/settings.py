@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'PROTOCOLS', 'SCORED_SEED', 'Run', 'make_run', 'override
            'phantoms', 'pairs_of', 'pair_part', 'data_hash', 'run_id', 'EvaluationSet', 'set_corpus', 'evaluation_set',
            'retrieval_set']
 
-# %% ../nbs/69_settings.ipynb #ccfdd128
+# %% ../nbs/69_settings.ipynb #fa7a1a47
 import dataclasses
 import difflib
 import functools
@@ -16,19 +16,19 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import content_hash, data_root
-from .data.corpora import MANIFESTS, mixture
+from .core import DataError, content_hash, data_root
+from .data.corpora import MANIFESTS, mixture, with_splits
 from .data.images import pack
 from .data.pairs import read_manifest
 from .data.phantom import MODALITIES, phantom_corpus
 from .data.sets.sample import SAMPLE_SETS, sample_corpus, sample_pairs, sample_prompts
 from .data.shards import read_index
-from .data.tasks import CLASSIFICATION, TASKS, read_task
+from .data.tasks import CLASSIFICATION, TASKS, find_task, read_task
 from .data.text import PROMPTS
 from .methods import find_method
 from .predictions import Task
 
-# %% ../nbs/69_settings.ipynb #77d5b035
+# %% ../nbs/69_settings.ipynb #4dd03bb0
 BASELINES = { # rows of a study that are not pretrained
     'random_init': 'Untrained encoder',
     'shortcuts': 'No encoder',
@@ -78,9 +78,21 @@ class Run:
         if self.text_init not in ('hub', 'medical', 'random'):
             raise ValueError(f"text_init is {self.text_init!r}: expected 'hub', 'medical' or 'random'")
         if self.scored not in ('test', 'valid'): raise ValueError(f"scored is {self.scored!r}: expected 'test' or 'valid'")
-        for entry in self.tasks:
-            if entry.partition('/')[2] not in PROTOCOLS:
-                raise ValueError(f'task {entry!r}: expected set/protocol with a protocol of {", ".join(PROTOCOLS)}')
+        if self.epochs < 1: raise ValueError(f'epochs is {self.epochs}: expected at least 1; random_init scores untrained encoders')
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks): raise ValueError(f'tasks is {self.tasks}: expected one or more, each once')
+        for entry in self.tasks: self._check_task(*entry.partition('/')[::2])
+
+    def _check_task(self, name, protocol):
+        "Refuse a protocol that a set has no truth for, and pairs that the data of the run do not have."
+        if name not in ('phantom', 'pairs', *SAMPLE_SETS):
+            try: known = _PROTOCOLS_OF.get(find_task(name).kind, ())
+            except DataError as e: raise ValueError(str(e)) from None
+        else: known = {'phantom': PROTOCOLS, 'pairs': ('retrieval',)}.get(name, ('zeroshot', 'probe'))
+        if protocol not in known:
+            raise ValueError(f"task '{name}/{protocol}': expected set/protocol with a protocol of {', '.join(known) or 'none yet'}")
+        if name == 'phantom' and self.data != 'phantom' or name == 'pairs' and (self.data == 'phantom' or self.sharded):
+            raise ValueError(f"task '{name}/{protocol}' scores the pairs of the run, but its data is {self.data!r}: "
+                             'expected phantom/… with data phantom, pairs/retrieval with a corpus or manifest, or a published set')
 
     @property
     def trained(self) -> bool: return self.method not in BASELINES
@@ -95,6 +107,7 @@ class Run:
 
 
 PROTOCOLS = ('zeroshot', 'probe', 'retrieval', 'grounding')
+_PROTOCOLS_OF = {o: ('zeroshot', 'probe') for o in CLASSIFICATION} | {'retrieval': ('retrieval',)} # kind of a set → what scores it
 
 
 def _check_type(f, value):
@@ -123,7 +136,7 @@ def overrides(run: Run) -> dict:
     "Return the fields in which a run differs from the defaults."
     return {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if getattr(run, f.name) != f.default}
 
-# %% ../nbs/69_settings.ipynb #c298d0d2
+# %% ../nbs/69_settings.ipynb #1abfdf0c
 @dataclass(frozen=True)
 class Part:
     "One split: its samples, and where their pixels are."
@@ -168,8 +181,8 @@ def _corpora(text):
     "Parse '2*roco+pmc_oa:50000' into weights and caps by corpus."
     weights, caps = {}, {}
     for part in text.split('+'):
-        found = re.fullmatch(r'(?:([\d.]+)\*)?([a-z]\w*)(?::(\d+))?', part.strip())
-        if not found: raise ValueError(f'data is {text!r}: expected corpora as in 2*roco+pmc_oa:50000 (weight*name:most training rows)')
+        found = re.fullmatch(r'(?:(\d+(?:\.\d+)?)\*)?([a-z]\w*)(?::(\d+))?', part.strip())
+        if not found or found[2] in weights: raise ValueError(f'data is {text!r}: expected corpora, each once, as in 2*roco+pmc_oa:50000 (weight*name:most training rows)')
         weights[found[2]] = float(found[1] or 1)
         if found[3]: caps[found[2]] = int(found[3])
     return weights, caps
@@ -179,7 +192,7 @@ def _corpora(text):
 def pairs_of(run):
     "Read the corpus a run is trained on; for phantoms there is nothing to read."
     if run.data == 'sample': return sample_pairs()
-    if Path(run.data).suffix in MANIFESTS: return read_manifest(data_root()/run.data, columns=_columns(run.columns))
+    if Path(run.data).suffix in MANIFESTS: return with_splits(read_manifest(data_root()/run.data, columns=_columns(run.columns)))
     if run.sharded: raise ValueError(f"data is {run.data!r}: shards are trained on, not scored; leave 'pairs/retrieval' out of tasks")
     weights, caps = _corpora(run.data)
     return mixture(weights, caps=caps)

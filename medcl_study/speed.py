@@ -206,7 +206,7 @@ def operations(
     with FlopCounterMode(display=False) as counter: way()
     return counter.get_total_flops()
 
-# %% ../nbs/39_speed.ipynb #b3fbd061
+# %% ../nbs/39_speed.ipynb #d85b05f4
 def _encoder(method, *, image_size, image_tower, text_tower, tokens, device):
     "Build the encoder of a row of METHODS, with weights drawn at random, on a device, in training mode."
     from medcl_study.encoders.dual import DualEncoder, EncoderConfig # here: a process that measures memory starts without it
@@ -216,7 +216,9 @@ def _encoder(method, *, image_size, image_tower, text_tower, tokens, device):
                            bias_init=method.bias, heads=heads or None)
     encoder = DualEncoder(config)
     encoder.logit_scale.requires_grad_(method.learn_scale)
-    return encoder.freeze(lock_image=method.lock_image, lock_text=method.lock_text).ask(**method.wishes).to(device).train()
+    groups = {'lock_image': encoder.image.groups(), 'lock_text': encoder.text.groups()[1:]} # a small tower has fewer than some rows unlock
+    locks = {k: None if (most := getattr(method, k)) is None else min(most, len(o)) for k, o in groups.items()}
+    return encoder.freeze(**locks).ask(**method.wishes).to(device).train()
 
 
 def _batch(n, views, *, image_size, tokens, device, sentences=5):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'STUDIES', 'tuned_rate', 'study_runs', 'unavailable', 'prepare', 'plan', 'run_study', 'main']
 
-# %% ../nbs/70a_studies.ipynb #bd442d2c
+# %% ../nbs/70a_studies.ipynb #c6bf240d
 import argparse
 import dataclasses
 import multiprocessing
@@ -13,13 +13,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from .core import DataError, code_hash, data_root, read_json, write_json
+from .data.corpora import MANIFESTS
 from .data.sets.sample import SAMPLE_SETS
-from .data.tasks import SUITES
+from .data.tasks import SUITES, TASKS
 from .experiment import Unavailable, finished, image_weights, run, text_parts
 from .methods import find_method
 from .settings import BASELINES, PROTOCOLS, Run, evaluation_set, make_run, overrides, pair_part, run_id, set_corpus
 
-# %% ../nbs/70a_studies.ipynb #63dde82b
+# %% ../nbs/70a_studies.ipynb #6c44bd18
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -32,7 +33,7 @@ _EIGHT = _FOUR + ('image_unlock_2', 'image_unlock_7', 'text_unlock_1', 'text_unl
 _SMOKE = {'image_tower': 'vit_tiny_p8', 'train_pairs': 512, 'valid_pairs': 128, 'test_pairs': 200, 'epochs': 2,
            'dim': 64, 'draws': 3, 'image_init': 'random'}
 _REAL = {'data': 'sample', 'stream': False, 'epochs': 8, 'image_size': 64, 'channels': 3, 'augmentation': 'crop', 'test_pairs': 0,
-         'tasks': (*(f'{o}/{p}' for o in SAMPLE_SETS for p in ('zeroshot', 'probe')), 'pairs/retrieval')}
+         'tasks': SUITES['real']}
 _LARGER = {'image_size': 224, 'image_tower': 'vit_small_patch16_224', 'stream': False, 'train_pairs': 10_000, 'batch_size': 128,
            'precision': 'bf16', 'epochs': 12, 'draws': 10}
 _WIRING = _SMOKE | {'modality': 'mixed', 'channels': 3, 'tasks': tuple(o for o in SUITES['benchmark25'] if not o.endswith('/vqa'))}
@@ -102,11 +103,19 @@ def study_runs(name: str) -> list[Run]:
     return STUDIES[name]()
 
 
+def _needed(run):
+    "List what has to lie below the data root for a run."
+    folders = [(TASKS | SAMPLE_SETS)[o].folder for o in run.sets] + ['pretrain_pairs.jsonl'] * (run.data == 'sample')
+    if Path(run.data).suffix in MANIFESTS: folders.append(run.data)
+    return [data_root()/o for o in folders] if folders or not (run.data == 'phantom' or run.sharded) else []
+
+
 def unavailable(run: Run) -> str:
     "Say why a run cannot be done on this machine; '' if it can."
     try:
         if run.trained and find_method(run.method).lock_text is not None: text_parts(run, list)
-        if not (run.data == 'phantom' or run.sharded) or run.sets: data_root()
+        for path in _needed(run):
+            if not path.exists(): raise DataError('not there', file=path, remedy='`medcl_data status` says what is, and how to get it.')
     except (Unavailable, DataError) as e: return str(e)
     return ''
 

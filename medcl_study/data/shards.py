@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_shards', 'read_index', 'verify_shards', 'ShardOrder', 'ShardStream', 'pack_shards']
 
-# %% ../../nbs/19b_shards.ipynb #7030b46f
+# %% ../../nbs/19b_shards.ipynb #bce2066e
 import hashlib
 import io
 import json
@@ -14,7 +14,7 @@ import tarfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['TASKS', 'CLASSIFICATION', 'NINETEEN', 'SUITES', 'VALID_SHARE', 'find_task', 'suite_tasks', 'read_task']
 
-# %% ../../nbs/19c_tasks.ipynb #ee328c87
+# %% ../../nbs/19c_tasks.ipynb #4c5151f4
 import difflib
-
-import pandas as pd
+from pathlib import Path
 
 from ..core import DataError, data_root
 from .pairs import Corpus, with_valid
-from .sets.base import ACCESS, DataSet
+from .sets.base import DataSet
 from .sets.chest import CHEST
 from .sets.histology import HISTOLOGY
 from .sets.literature import LITERATURE
@@ -21,7 +20,6 @@ from .sets.medmnist import MEDMNIST
 from .sets.questions import QUESTIONS
 from .sets.sample import SAMPLE_SETS
 from .sets.skin import SKIN
-from .text import PROMPTS
 
 # %% ../../nbs/19c_tasks.ipynb #267cee35
 _FAMILIES = HISTOLOGY | MEDMNIST | SKIN | CHEST | LITERATURE | LOCALIZED | QUESTIONS
@@ -66,7 +64,7 @@ def suite_tasks(
     if suite not in SUITES: raise DataError(f'no suite {suite!r}', remedy=f'Known are {", ".join(SUITES)}.')
     return tuple(dict.fromkeys(o.partition('/')[0] for o in SUITES[suite]))
 
-# %% ../../nbs/19c_tasks.ipynb #8084aa45
+# %% ../../nbs/19c_tasks.ipynb #f8e8afc8
 VALID_SHARE = 0.1 # of the training rows, where a release has no valid part
 
 
@@ -77,5 +75,5 @@ def read_task(
 ) -> Corpus: # with a split 'valid' wherever it has a split 'train'
     "Read a task from its folder below the data root; raises what its reader raises, which names the file and the remedy."
     row = find_task(name)
-    corpus = row.read((data_root() if root is None else root)/row.folder)
+    corpus = row.read((data_root() if root is None else Path(root))/row.folder)
     return with_valid(corpus, VALID_SHARE)

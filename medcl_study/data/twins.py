@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DATA_SETS', 'TWIN_SIZE', 'make_twin', 'make_twins', 'read_set', 'check_set']
 
-# %% ../../nbs/19d_twins.ipynb #2a6377f1
+# %% ../../nbs/19d_twins.ipynb #f39396e0
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import DataError
+from ..core import DataError, read_json, write_json
 from .corpora import CORPORA
 from .images import read_image
 from .pairs import Corpus, with_valid
@@ -20,7 +20,7 @@ from .sets.localized import check_regions
 from .sets.questions import check_questions
 from .tasks import TASKS, VALID_SHARE
 
-# %% ../../nbs/19d_twins.ipynb #3799651f
+# %% ../../nbs/19d_twins.ipynb #445f4f35
 DATA_SETS: dict[str, DataSet] = {k: o for k, o in (TASKS | CORPORA).items() if k not in ('phantom', 'sample_pairs')}
 TWIN_SIZE = 96 # images
 
@@ -34,11 +34,20 @@ def make_twin(
 ) -> Path: # the set's own folder
     "Write the miniature of one data set; raises `DataError` for an unknown name, and where a real one may lie."
     if name not in DATA_SETS: raise DataError(f'no data set {name!r}', remedy=f'Known are {", ".join(DATA_SETS)}.')
+    if n < 1: raise DataError(f'n is {n}; expected the number of images, at least 1', file=name)
     row, target = DATA_SETS[name], Path(folder)/DATA_SETS[name].folder
-    if target.exists() and any(target.iterdir()) and source_of(target) != 'twin':
-        raise DataError('this folder holds data that is not a twin', file=target, remedy='Write twins to a folder of their own.')
+    written = read_json(target/'TWIN').get('files', []) if source_of(target) == 'twin' else []
+    if strange := [o for o in _files(target) if o not in written]:
+        raise DataError(f'this folder holds data that is not a twin: {strange[0]}', file=target,
+                        remedy='Write twins to a folder of their own.')
     row.write_twin(target, n, seed)
+    write_json(target/'TWIN', read_json(target/'TWIN') | {'files': _files(target)})
     return target
+
+
+def _files(folder):
+    "List what lies below a folder, but for the mark of twins."
+    return sorted(o.relative_to(folder).as_posix() for o in folder.rglob('*') if o.is_file() and o.name != 'TWIN')
 
 
 def make_twins(

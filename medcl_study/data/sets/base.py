@@ -168,7 +168,7 @@ def _remedy(path):
             return f'Extract {", ".join(packed[:3])} in {folder.name}/ first.'
     return 'Complete the download; `medcl_data status` says where each file belongs.'
 
-# %% ../../../nbs/17_base.ipynb #53b580c0
+# %% ../../../nbs/17_base.ipynb #f2fe1880
 def list_files(
     folder,
     suffix, # such as '.tif', or a tuple of such; case does not matter
@@ -187,7 +187,7 @@ def check_files(
     first_row: int = 2, # number of the first name's row, as an editor shows it
 ):
     "Raise `DataError` naming the first listed file that the folder does not hold, or that would lie outside it."
-    held, folder = set(), need_folder(folder)
+    names, held, folder = [*names], set(), need_folder(folder)
     for inner in dict.fromkeys(o.rpartition('/')[0] for o in names):
         if inner.startswith('/') or '..' in inner.split('/') or '\\' in inner:
             raise DataError(f'files in {inner!r}, which is not inside {folder.name}/', file=path, remedy='Download it again.')
@@ -195,7 +195,7 @@ def check_files(
             with os.scandir(folder/inner) as entries: held.update(f'{inner}/{o.name}'.lstrip('/') for o in entries)
     missing = [i for i, o in enumerate(names) if o not in held]
     if not missing: return
-    raise DataError(f'{names[missing[0]]!r} is not in {folder.name}/ ({len(missing)} of {len(names)} listed files are missing)',
+    raise DataError(f'{names[missing[0]]!r} is not in {folder.name}/ ({len({names[i] for i in missing})} of {len({*names})} listed files are missing)',
                     file=path, row=first_row + missing[0], remedy='The archive is half extracted; extract it again.')
 
 # %% ../../../nbs/17_base.ipynb #94013fc4

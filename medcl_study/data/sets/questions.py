@@ -48,10 +48,11 @@ def _kinds(values, path, rows):
         check_labels([values.iloc[odd[0]]], ANSWER_KINDS, path=path, column='answer_type', first_row=rows.iloc[odd[0]])
     return plain.map(ANSWER_KINDS)
 
-# %% ../../../nbs/17g_questions.ipynb #0ff76675
+# %% ../../../nbs/17g_questions.ipynb #5a1d6754
 def _read_records(path, columns):
     "Read a JSON list of objects as a table of text with the number of each row; raises `DataError`."
-    try: records = json.loads(need_file(path).read_text(encoding='utf-8'))
+    raw = need_file(path).read_bytes()
+    try: records = json.loads(raw)
     except ValueError as e: raise DataError(f'not valid JSON ({e})', file=path, remedy='Download it again.') from None
     if not isinstance(records, list) or not records or not all(isinstance(o, dict) for o in records):
         raise DataError('expected a list of objects, one for each question', file=path, remedy='Download it again.')
