@@ -28,7 +28,7 @@ from .data.text import PROMPTS
 from .methods import find_method
 from .predictions import Task
 
-# %% ../nbs/69_settings.ipynb #4dd03bb0
+# %% ../nbs/69_settings.ipynb #1324d387
 BASELINES = { # rows of a study that are not pretrained
     'random_init': 'Untrained encoder',
     'shortcuts': 'No encoder',
@@ -79,7 +79,8 @@ class Run:
             raise ValueError(f"text_init is {self.text_init!r}: expected 'hub', 'medical' or 'random'")
         if self.scored not in ('test', 'valid'): raise ValueError(f"scored is {self.scored!r}: expected 'test' or 'valid'")
         if self.epochs < 1: raise ValueError(f'epochs is {self.epochs}: expected at least 1; random_init scores untrained encoders')
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks): raise ValueError(f'tasks is {self.tasks}: expected one or more, each once')
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f'tasks is {self.tasks}: expected one or more, each once')
         for entry in self.tasks: self._check_task(*entry.partition('/')[::2])
 
     def _check_task(self, name, protocol):
@@ -136,7 +137,7 @@ def overrides(run: Run) -> dict:
     "Return the fields in which a run differs from the defaults."
     return {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if getattr(run, f.name) != f.default}
 
-# %% ../nbs/69_settings.ipynb #1abfdf0c
+# %% ../nbs/69_settings.ipynb #41dd3ce8
 @dataclass(frozen=True)
 class Part:
     "One split: its samples, and where their pixels are."
@@ -182,7 +183,9 @@ def _corpora(text):
     weights, caps = {}, {}
     for part in text.split('+'):
         found = re.fullmatch(r'(?:(\d+(?:\.\d+)?)\*)?([a-z]\w*)(?::(\d+))?', part.strip())
-        if not found or found[2] in weights: raise ValueError(f'data is {text!r}: expected corpora, each once, as in 2*roco+pmc_oa:50000 (weight*name:most training rows)')
+        if not found or found[2] in weights:
+            raise ValueError(f'data is {text!r}: expected corpora, each once, as in 2*roco+pmc_oa:50000 '
+                             '(weight*name:most training rows)')
         weights[found[2]] = float(found[1] or 1)
         if found[3]: caps[found[2]] = int(found[3])
     return weights, caps

@@ -168,7 +168,7 @@ def _remedy(path):
             return f'Extract {", ".join(packed[:3])} in {folder.name}/ first.'
     return 'Complete the download; `medcl_data status` says where each file belongs.'
 
-# %% ../../../nbs/17_base.ipynb #f2fe1880
+# %% ../../../nbs/17_base.ipynb #44ce321f
 def list_files(
     folder,
     suffix, # such as '.tif', or a tuple of such; case does not matter
@@ -195,8 +195,9 @@ def check_files(
             with os.scandir(folder/inner) as entries: held.update(f'{inner}/{o.name}'.lstrip('/') for o in entries)
     missing = [i for i, o in enumerate(names) if o not in held]
     if not missing: return
-    raise DataError(f'{names[missing[0]]!r} is not in {folder.name}/ ({len({names[i] for i in missing})} of {len({*names})} listed files are missing)',
-                    file=path, row=first_row + missing[0], remedy='The archive is half extracted; extract it again.')
+    counted = f'{len({names[i] for i in missing})} of {len({*names})} listed files are missing'
+    raise DataError(f'{names[missing[0]]!r} is not in {folder.name}/ ({counted})', file=path,
+                    row=first_row + missing[0], remedy='The archive is half extracted; extract it again.')
 
 # %% ../../../nbs/17_base.ipynb #94013fc4
 def write_table(path, frame: pd.DataFrame, **options):
