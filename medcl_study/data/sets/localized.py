@@ -7,7 +7,7 @@ __all__ = ['LOCALIZED18', 'LOCALIZED', 'read_rsna_pneumonia', 'rsna_pneumonia_tw
            'siim_pneumothorax_twin', 'read_nih_boxes', 'nih_boxes_twin', 'read_object_cxr', 'object_cxr_twin',
            'read_covid_rural', 'covid_rural_twin', 'read_ms_cxr', 'ms_cxr_twin', 'check_regions', 'fraction']
 
-# %% ../../../nbs/17f_localized.ipynb #1db01376
+# %% ../../../nbs/17f_localized.ipynb #f810a21d
 import io
 import os
 import re
@@ -22,6 +22,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 
 from ...core import DataError, generator, read_json, write_json
+from ..budgets import budget_rows
 from ..images import read_image
 from ..pairs import Corpus, Region, split_groups
 from ..regions import Ellipse, Polygon, Runs, bounds, encode_runs, native_size, read_mask
@@ -616,26 +617,18 @@ LOCALIZED18 = ( # task / protocol / share of the training labels
     'object_cxr/detection_finetuned/1', 'object_cxr/detection_frozen/1', 'object_cxr/segmentation_linear/1',
     'nih_boxes/segmentation_linear/1')
 
-# %% ../../../nbs/17f_localized.ipynb #3c79fd69
+# %% ../../../nbs/17f_localized.ipynb #e3e62f66
 def fraction(
     corpus: Corpus,
     share: float, # of the training rows, above 0, at most 1
     draw: int, # number of the draw: 0, 1, 2, …
     seed: int = 0,
 ) -> Corpus: # the draw's training rows, and all rows of the other splits
-    "Keep a random share of the training groups; a smaller share of the same draw lies inside a larger one."
-    if not 0 < share <= 1: raise ValueError(f'share is {share}; expected above 0, at most 1')
-    train = corpus.frame[corpus.frame.split == 'train']
-    names, inverse, counts = np.unique(train.group.where(train.group != '', train.id).astype(str), return_inverse=True,
-                                       return_counts=True)
-    order = generator('label fraction', seed, draw).permutation(len(names))
-    middle = np.empty(len(names))
-    middle[order] = (np.cumsum(counts[order]) - counts[order] / 2) / max(len(train), 1) # where a group lies among the rows, 0 to 1
-    middle = middle[inverse]
-    first = [middle[[c in (o or ()) for o in train.labels]].min(initial=1) for c in (*corpus.classes, None)]
-    least = max((o for o in first if o < 1), default=middle.min(initial=1))
-    left_out = train.index[(middle >= share) & (middle > least)]
-    return corpus.select(~corpus.frame.index.isin(left_out))
+    "Keep a random share of the training groups (see `budget_rows`); raises `DataError` for an impossible share."
+    train = np.flatnonzero(corpus.frame.split == 'train')
+    part = Corpus(corpus.frame.iloc[train], name=corpus.name, classes=corpus.classes)
+    left_out = np.delete(train, budget_rows(part, share, draw=draw, seed=seed))
+    return corpus.select(np.delete(np.arange(len(corpus)), left_out))
 
 # %% ../../../nbs/17f_localized.ipynb #f0059f1a
 _COMMON = dict(kind='localized', modality='chest X-ray', stands_in='chest',
