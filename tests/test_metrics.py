@@ -155,15 +155,85 @@ def test_chance_recall_equals_binomials(candidates, data):
     assert chance_recall([[positives, candidates]], k) == pytest.approx(exact, abs=1e-9)
 
 
+def example(kind, *, n=120, seed=0):
+    "Scores with some signal and targets of a kind of task."
+    rng = np.random.default_rng(seed)
+    if kind in ('binary', 'multiclass'):
+        y = rng.permutation(np.arange(n) % (2 if kind == 'binary' else 6))
+        return rng.normal(size=(n, y.max() + 1)) + np.eye(y.max() + 1)[y], y
+    if kind == 'multilabel':
+        y = rng.random((n, 4)) < .3
+        return rng.normal(size=y.shape) + y, y.astype(int)
+    if kind == 'retrieval': return rng.integers(1, 300, (n, 1)).astype(float), np.tile([2, 300], (n, 1))
+    if kind == 'grounding':
+        y = np.stack([np.arange(n) % 3, np.full(n, 5), np.full(n, 49)], 1)
+        return np.stack([rng.integers(0, 2, n), rng.normal(size=n), rng.random(n)], 1), y
+    if kind == 'vqa': return np.stack([rng.integers(0, 4, n), rng.random(n)], 1), rng.integers([-1, 0], [4, 2], (n, 2))
+    if kind == 'segmentation':
+        common, more, missed = rng.integers(0, 90, (3, n)) * (rng.random((3, n)) < .7)
+        y = np.stack([np.arange(n) % 2, common + missed, np.full(n, 1024)], 1)
+        return np.stack([common, common + more, rng.random(n) * 9 * (common + more + missed > 0)], 1), y
+    return boxes(rng, n)
+
+
+def boxes(rng, n):
+    scores, targets = [], []
+    for _ in range(n):
+        corner = rng.integers(0, 7000, (rng.integers(0, 4), 2))
+        true = np.c_[rng.integers(0, 2, len(corner)), corner, corner + 2000]
+        near = np.c_[true[:, 0], rng.random(len(true)), true[:, 1:] + rng.integers(0, 900, (len(true), 1))]
+        stray = np.c_[rng.integers(0, 2, 3), rng.random(3), rng.integers(0, 500, (3, 2)), rng.integers(500, 9000, (3, 2))]
+        scores.append(np.r_[near, stray]); targets.append(true)
+    return scores, targets
+
+
+def taken(rows, which): return [rows[i] for i in which] if isinstance(rows, list) else rows[which]
+
+
+every_row = pytest.mark.parametrize('name, kind', [(name, kind) for name, row in METRICS.items() for kind in row.kinds])
+
+
+@every_row
+def test_every_metric_ignores_order_and_counts_weights(name, kind):
+    "Weights of many resamples at once equal one call each and equal rows written out; groups are drawn as one."
+    row, (x, y), rng = METRICS[name], example(kind), np.random.default_rng(5)
+    shuffled = rng.permutation(120)
+    assert row.function(taken(x, shuffled), taken(y, shuffled)) == pytest.approx(row.function(x, y), abs=1e-12)
+    group = np.arange(120) // 3
+    counts = rng.multinomial(40, np.full(40, 1 / 40), 12)[:, group]
+    at_once = row.statistic(x, y)(counts)
+    assert at_once.shape == (12,) and row.statistic(x, y)(None) == pytest.approx(row.function(x, y), abs=1e-12)
+    for w, value in zip(counts, at_once):
+        members = np.concatenate([np.flatnonzero(group == g) for g in group[::3] for _ in range(w[3 * g])])
+        assert value == pytest.approx(row.function(x, y, weights=w), abs=1e-12)
+        more = {'least': 1} if row.macro else {}  # which classes are frequent enough is a matter of the whole set
+        assert value == pytest.approx(row.function(taken(x, members), taken(y, members), **more), abs=1e-12)
+        assert row.function(x, y, weights=w * 2.5) == pytest.approx(value, abs=1e-9)
+
+
+@every_row
+def test_every_metric_stays_within_its_bounds_and_chance_is_a_number_or_nothing(name, kind):
+    row, (x, y) = METRICS[name], example(kind)
+    values = row.statistic(x, y)(np.random.default_rng(0).multinomial(120, np.full(120, 1 / 120), 50))
+    assert (values >= row.bounds[0]).all() and (values <= row.bounds[1]).all()
+    chance = row.chance(y, {'binary': 2, 'multiclass': 6, 'multilabel': 4}.get(kind, 4))
+    assert chance is None or row.bounds[0] <= chance <= row.bounds[1]
+
+
+@every_row
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('name', list(METRICS))
-def test_not_a_number_is_refused(name, bad):
-    kind = METRICS[name].kinds[0]
-    x = {'binary': np.ones((40, 2)), 'retrieval': np.ones((40, 1))}.get(kind, np.ones((40, 3)))
-    y = {'binary': np.arange(40) % 2, 'retrieval': np.tile([1, 9], (40, 1))}.get(kind, np.arange(40) % 3)
+def test_not_a_number_is_refused(name, kind, bad):
+    x, y = example(kind)
     METRICS[name].function(x, y)
-    x[3, 0] = bad
-    with pytest.raises(ValueError, match='row 4'): METRICS[name].function(x, y)
+    x[3][0] = bad
+    with pytest.raises(ValueError, match='first in row 4'): METRICS[name].function(x, y)
+
+
+@every_row
+def test_unequal_lengths_are_refused(name, kind):
+    x, y = example(kind)
+    with pytest.raises(ValueError, match='do not match'): METRICS[name].function(x, y[:-1])
+    with pytest.raises(ValueError, match='do not match'): METRICS[name].function(x, y, weights=np.ones(7))
 
 
 def test_shapes_and_targets_are_checked():
