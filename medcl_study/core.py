@@ -206,7 +206,7 @@ def lock(
         owner.unlink(missing_ok=True)
         guard.release()
 
-# %% ../nbs/00_core.ipynb #23258842
+# %% ../nbs/00_core.ipynb #98073c4d
 _LIBRARIES = ('torch', 'torchvision', 'timm', 'transformers', 'fastai', 'numpy', 'pandas', 'scikit-learn', 'scipy', 'pillow')
 
 
@@ -222,10 +222,13 @@ def _git(*args):
 
 
 @functools.cache
-def code_hash() -> str:
+def code_hash(
+    *parts: str, # modules and subpackages that count, such as 'trainer' or 'data'; none = everything
+) -> str:
     "Hash the package's exported source, file by file in name order."
     root = Path(__file__).parent
     files = sorted(o for o in root.rglob('*.py') if o.name != '_modidx.py')
+    if parts: files = [o for o in files if o.relative_to(root).with_suffix('').parts[0] in parts]
     return content_hash(*(part for o in files for part in (o.relative_to(root).as_posix(), o)))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'STUDIES', 'tuned_rate', 'study_runs', 'unavailable', 'prepare', 'plan', 'run_study', 'main']
 
-# %% ../nbs/70a_studies.ipynb #c6bf240d
+# %% ../nbs/70a_studies.ipynb #050f8c7b
 import argparse
 import dataclasses
 import multiprocessing
@@ -15,12 +15,13 @@ from pathlib import Path
 from .core import DataError, code_hash, data_root, read_json, write_json
 from .data.corpora import MANIFESTS
 from .data.sets.sample import SAMPLE_SETS
-from .data.tasks import SUITES, TASKS
-from .experiment import Unavailable, finished, image_weights, run, text_parts
+from .data.tasks import LEARNING, SUITES, TASKS
+from .experiment import finished, run
 from .methods import find_method
-from .settings import BASELINES, PROTOCOLS, Run, evaluation_set, make_run, overrides, pair_part, run_id, set_corpus
+from .pretraining import Unavailable, image_weights, text_parts
+from .settings import BASELINES, Run, make_run, overrides, packed, pair_part, run_id, set_corpus
 
-# %% ../nbs/70a_studies.ipynb #6c44bd18
+# %% ../nbs/70a_studies.ipynb #b22ea857
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -44,6 +45,7 @@ _QUESTIONS = {
     'unimodal': ('clip', 'uni_image', 'uni_masked', 'slip', 'declip', 'uni_image_shifted', 'uni_masked_unmasked'),
     'granularity': ('clip', 'flip', 'coca', 'filip', 'gloria', 'lovt', 'mlip', 'filip_unpaired'),
 }
+_ALIGNED = tuple(f'phantom/{o}' for o in ('zeroshot', 'probe', 'retrieval', 'grounding')) # what every question is answered on
 RATES = (2.5e-4, 5e-4, 1e-3) # learning rates tried once for every row
 
 
@@ -65,14 +67,13 @@ def tuned_rate(
 
 def _question(name, *, tuned=True, **settings):
     "List the runs that answer one question: its rows, at their own learning rates if `tuned`, three seeds."
-    tasks = tuple(f'phantom/{o}' for o in PROTOCOLS)
     each = (lambda m: {'lr': tuned_rate(m)}) if tuned else (lambda m: {})
-    return _grid(_QUESTIONS[name], 3, each=each, tasks=tasks, **settings)
+    return _grid(_QUESTIONS[name], 3, each=each, tasks=_ALIGNED, **settings)
 
 
 def _transfer():
     "List the runs on transfer: initialisations of both towers at all degrees of freedom, three seeds."
-    tasks, rate = tuple(f'phantom/{o}' for o in PROTOCOLS), tuned_rate('clip')
+    tasks, rate = _ALIGNED, tuned_rate('clip')
     inits = [dict(image_init=i, text_init=t) for i in ('random', 'general', 'medical') for t in ('random', 'hub', 'medical')]
     rows = [('clip', o) for o in inits]
     rows += [(m, dict(image_init=o)) for m in ('lock_image', 'image_unlock_2') for o in ('general', 'medical')]
@@ -119,7 +120,7 @@ def unavailable(run: Run) -> str:
     except (Unavailable, DataError) as e: return str(e)
     return ''
 
-# %% ../nbs/70a_studies.ipynb #4c12fe0f
+# %% ../nbs/70a_studies.ipynb #fff4995d
 def prepare(study: str):
     "Pack the images and train the general image tower that the runs of a study share."
     for one in {dataclasses.replace(o, method='clip', seed=0): o for o in study_runs(study)}:
@@ -127,12 +128,12 @@ def prepare(study: str):
         splits = ('valid', 'test') if one.stream and one.data == 'phantom' and not _probes(one) else ('train', 'valid', 'test')
         for split in () if one.sharded else splits: pair_part(one, split)
         for name in one.sets:
-            for split in set_corpus(name).frame.split.unique(): evaluation_set(name, one).part(split)
+            for split in set_corpus(name).frame.split.unique(): packed(set_corpus(name).split(split), one)
         if one.image_init in ('general', 'medical'): image_weights(one)
         if one.text_init == 'medical': text_parts(one, list)
 
 
-def _probes(run): return any(o == 'phantom/probe' for o in run.tasks)
+def _probes(run): return any(o.set == 'phantom' and o.protocol in LEARNING for o in run.entries)
 
 
 def plan(study: str, *, reports, work) -> dict:

@@ -12,14 +12,16 @@ import torch
 
 from medcl_study.core import DataError, Locked, code_hash, lock, read_json
 from medcl_study.encoders.masked import visible_area
-from medcl_study.experiment import finished, integrity_check, make_encoder, pretrain, run
-from medcl_study.settings import Run, evaluation_set, make_run, overrides, pair_part, run_id, work_folder
+from medcl_study.experiment import finished, integrity_check, run
+from medcl_study.pretraining import make_encoder, pretrain
+from medcl_study.scoring import evaluation_set
+from medcl_study.settings import Run, make_run, overrides, pair_part, run_id, work_folder
 from medcl_study.studies import STUDIES, study_runs, unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(image_tower='vit_tiny_p8', text_tower='bert_tiny', text_init='random', image_init='random', dim=16, max_tokens=48,
             train_pairs=160, valid_pairs=32, test_pairs=300, epochs=3, batch_size=32, stream=False)
-SCRIPT = 'import json, sys; from medcl_study.experiment import make_run, run; run(make_run(json.loads(sys.argv[1])), reports=sys.argv[2])'
+SCRIPT = 'import json, sys; from medcl_study.experiment import run; from medcl_study.settings import make_run; run(make_run(json.loads(sys.argv[1])), reports=sys.argv[2])'
 
 
 def start(folder, settings=TINY):
@@ -30,7 +32,7 @@ def start(folder, settings=TINY):
 
 def same(record):
     "What two records of one run must share."
-    return {k: v for k, v in record.items() if k not in ('seconds', 'peak_mb')}
+    return {k: v for k, v in record.items() if k not in ('seconds', 'peak_mb')} | {'trained': record['trained'] | {'seconds': 0}}
 
 
 def only_record(folder):
@@ -48,7 +50,7 @@ def undisturbed(tmp_path_factory):
 
 PHASES = { # what is on disk while a phase is under way
     'cache': lambda work: any(not (o/'meta.json').exists() for o in (work/'packed').glob('[0-9a-f]*') if o.is_dir()),
-    'training': lambda work: any((work/'runs').glob('*/checkpoint.pt')) and not any((work/'runs').glob('*/trained.json')),
+    'training': lambda work: any((work/'encoders').glob('*/checkpoint.pt')) and not any((work/'encoders').glob('*/trained.json')),
     'evaluation': lambda work: any((work/'runs').glob('*/features/*/*.safetensors')),
 }
 
@@ -138,7 +140,7 @@ def test_id_ignores_what_changes_no_result():
                                                ({'stream': True}, {})])
 def test_only_a_finite_set_of_pairs_is_remembered_and_augmented_images_are_not(given, remembered, tmp_path, monkeypatch):
     monkeypatch.setenv('MEDCL_WORK', str(tmp_path))
-    monkeypatch.setattr('medcl_study.experiment.train', lambda *args, **more: [])
+    monkeypatch.setattr('medcl_study.pretraining.train', lambda *args, **more: [])
     settings, found = make_run(TINY | {'method': 'lock_image'} | given), {}
     encoder = make_encoder(settings)
     monkeypatch.setattr(encoder, 'remember', lambda **named: found.update({k: v is not None for k, v in named.items()}))
@@ -192,7 +194,7 @@ def test_a_set_that_is_not_there_says_where_it_is_to_be_had(twins, tmp_path, mon
 def test_unlabelled_rows_are_not_scored(twins, tmp_path, monkeypatch):
     monkeypatch.setenv('MEDCL_DATA', str(twins))
     monkeypatch.setenv('MEDCL_WORK', str(tmp_path))
-    part = evaluation_set('chexpert', make_run(TINY)).part('test')
+    part = evaluation_set('chexpert/probe', make_run(TINY)).part('test')
     assert len(part.corpus) == len(part.images) and not part.corpus.frame.labels.isna().any()
 
 

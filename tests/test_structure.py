@@ -33,8 +33,11 @@ LAYERS = {
     'methods': ['losses'],
     'trainer': ['core', 'embeddings'],
     'pretext': ['core', 'embeddings', 'data', 'encoders', 'losses', 'trainer'],
-    'metrics': [],
+    'measures': ['measures'],
+    'metrics': ['measures'],
     'stats': [],
+    'significance': ['stats'],
+    'across': ['core', 'metrics', 'stats', 'predictions'],
     'predictions': ['core', 'metrics', 'stats'],
     'evaluation': ['core', 'embeddings', 'data', 'encoders', 'metrics', 'stats', 'predictions', 'evaluation'],
     'results': ['core', 'metrics', 'stats', 'predictions'],
@@ -44,16 +47,22 @@ LAYERS = {
     'questions': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
     'speed': ['core', 'embeddings', 'data', 'encoders', 'losses', 'methods'],
     'report': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections'],
+    'comparison_figures': ['figures'],
+    'benchmark_sections': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections', 'significance', 'across',
+                           'comparison_figures'],
     'settings': ['core', 'data', 'methods', 'predictions'],
+    'pretraining': ['core', 'embeddings', 'data', 'encoders', 'losses', 'methods', 'trainer', 'pretext', 'settings'],
+    'scoring': ['core', 'data', 'encoders', 'evaluation', 'metrics', 'predictions', 'settings'],
     'experiment': [''],
     'studies': [''],
 }
 # Importing these must not load torch: they read tables and numbers, also on a machine without it.
 TORCH_FREE = ['core', 'data.pairs', 'data.text', 'data.images', 'data.regions', 'data.reports', 'data.phantom', 'data.sets',
-              'data.audit', 'data.corpora', 'data.tasks', 'data.twins', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures',
-              'sections', 'questions', 'report']
+              'data.audit', 'data.corpora', 'data.tasks', 'data.twins', 'data.budgets', 'measures', 'metrics', 'stats', 'significance', 'across', 'predictions',
+              'results', 'pages', 'figures', 'comparison_figures', 'benchmark_sections', 'sections', 'questions', 'report']
 # What the purest layers may import from outside the standard library.
-OUTSIDE = {'metrics': {'numpy', 'scipy'}, 'stats': {'numpy', 'scipy'}, 'losses': {'torch', 'numpy', 'scipy'},
+OUTSIDE = {'metrics': {'numpy', 'scipy'}, 'measures': {'numpy', 'scipy'}, 'stats': {'numpy', 'scipy'},
+           'significance': {'numpy', 'scipy'}, 'losses': {'torch', 'numpy', 'scipy'},
            'embeddings': {'torch'}, 'methods': {'torch'}}
 
 
