@@ -7,9 +7,9 @@ __all__ = ['SHORTCUTS', 'PROTOCOLS', 'EXAMPLES', 'PICTURE', 'Study', 'read_study
            'arms', 'Single', 'results', 'differences', 'difference', 'recall_table', 'write_examples', 'read_examples',
            'disagreements']
 
-# %% ../nbs/71_results.ipynb #184a5fad
+# %% ../nbs/71_results.ipynb #dd44ec87
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 from . import stats
 from .core import DataError, atomic, content_hash, read_json
 from .metrics import METRICS, Undefined, chance_recall
-from .predictions import compare, concat_predictions, measure, read_predictions, stacked, tasks_of
+from .predictions import arrays_of, compare, concat_predictions, measure, read_predictions, stacked, tasks_of
 
 # %% ../nbs/71_results.ipynb #28f5c0a6
 @dataclass(frozen=True)
@@ -65,21 +65,33 @@ def _mixed_code(records):
 
 def _codes(names): return ', '.join(f'`{o}`' for o in names)
 
-# %% ../nbs/71_results.ipynb #4be1ae15
+# %% ../nbs/71_results.ipynb #63e8f083
 SHORTCUTS = ('chance', 'majority', 'mean_colour', 'pixels')
-PROTOCOLS = {'zeroshot': 'zero-shot', 'probe': 'linear probe', 'image_to_text': 'image → text',
-             'text_to_image': 'text → image', 'grounding': 'pointing game'}
+PROTOCOLS = {
+    'zeroshot': 'zero-shot', 'probe': 'linear probe', 'probe_released': 'linear probe as released', 'knn': 'nearest neighbours',
+    'finetuned': 'fine-tuned', 'image_to_text': 'image → text', 'text_to_image': 'text → image', 'vqa': 'questions',
+    'vqa_question_only': 'questions alone', 'vqa_image_only': 'images alone', 'grounding': 'pointing game',
+    'segmentation_linear': 'segmentation, linear', 'segmentation_frozen': 'segmentation, U-Net on frozen maps',
+    'segmentation_finetuned': 'segmentation, U-Net, fine-tuned', 'detection_frozen': 'detection on frozen maps',
+    'detection_finetuned': 'detection, fine-tuned'}
 
 
 def protocol_name(protocol: str) -> str:
-    "Name a protocol in prose."
-    return PROTOCOLS.get(protocol, protocol)
+    "Name a protocol in prose, with the labels it was given, as in `data.budgets.protocol_name`."
+    base, _, labels = protocol.partition('@')
+    shots = labels.removesuffix('shot')
+    given = '' if not labels else f', {shots} of each class' if shots != labels else f', {float(labels):.3g} of the labels'
+    return PROTOCOLS.get(base, base) + given
 
 
 def protocol_order(protocols) -> list[str]:
-    "Sort distinct protocols as PROTOCOLS does, others behind."
+    "Sort distinct protocols as PROTOCOLS does, others behind; those with few labels behind those with many."
     known = list(PROTOCOLS)
-    return sorted(dict.fromkeys(protocols), key=lambda o: (known.index(o) if o in known else len(known), o))
+    def place(name):
+        base, _, labels = name.partition('@')
+        few = float(labels.removesuffix('shot')) * (1e-6 if labels.endswith('shot') else 1) if labels else np.inf
+        return known.index(base) if base in known else len(known), base, -few, name
+    return sorted(dict.fromkeys(protocols), key=place)
 
 
 _UNTRAINED = {'random_init': 'untrained', 'untrained': 'untrained', 'shortcuts': 'shortcuts'} # method → arm
@@ -108,14 +120,24 @@ def arms(
         named[run] = Arm(' '.join([method] + [f'{k}={settings[k]}' for k in sorted(differ)]), method)
     return named
 
-# %% ../nbs/71_results.ipynb #2638f935
+# %% ../nbs/71_results.ipynb #0ad95e32
 @dataclass(frozen=True)
 class Single:
     "One training (or one random start) on one task: its predictions and estimate."
     run: str
     seed: int
-    frame: pd.DataFrame = field(repr=False)
+    frame: pd.DataFrame = field(repr=False) # of the first draw of labels, where there are several
     estimate: stats.Estimate = field(repr=False)
+    draws: int = 1 # of labels, which the estimate is the mean of
+
+
+def _over_draws(singles):
+    "Turn several draws of labels, given to one encoder, into their mean; the interval holds both sources of spread."
+    if len(singles) == 1: return singles[0]
+    first, values, replicates = singles[0], *_values_and_replicates(singles)
+    mean = stats.mean_over_seeds(values, replicates, groups=first.estimate.groups)
+    estimate = replace(first.estimate, value=mean.value, low=mean.low, high=mean.high, method='draws', replicates=replicates.mean(0))
+    return replace(first, estimate=estimate, draws=len(singles))
 
 
 def results(
@@ -139,6 +161,8 @@ def results(
             frame.attrs = study.predictions.attrs
             by_arm.setdefault(arm, []).append(Single(run, study.records[run]['run'].get('seed', 0), frame,
                                                      measure(frame, resamples=resamples)))
+        by_arm = {arm: [_over_draws([o for o in parts if o.run == run]) for run in dict.fromkeys(o.run for o in parts)]
+                  if arm.method else parts for arm, parts in by_arm.items()}
         pooled = _pooled([o for arm, o in by_arm.items() if arm.method])
         rows += [_result(tasks[name], protocol, arm, o, pooled if arm.method else None) for arm, o in by_arm.items()]
     order = protocol_order(study.predictions['protocol'])
@@ -182,8 +206,7 @@ def _values_and_replicates(singles):
 def _result(task, protocol, arm, singles, training):
     "Combine the trainings of one arm."
     first = singles[0].estimate
-    targets = stacked(singles[0].frame.sort_values('id')['target']).astype(int)
-    targets = targets[:, 0] if task.kind in ('binary', 'multiclass') else targets
+    targets = arrays_of(task, singles[0].frame)[1]
     row = dict(task=task.name, protocol=protocol, arm=arm.name, method=arm.method, metric=task.metric, parts=singles,
                chance=METRICS[task.metric].chance(targets, len(task.classes)), n=first.n, groups=first.groups,
                singles=[o.estimate.value for o in singles], cautions=first.cautions, training=training,
@@ -194,7 +217,7 @@ def _result(task, protocol, arm, singles, training):
                                  bounds=bounds)
     return row | {o: getattr(mean, o) for o in ('value', 'low', 'high', 'sampling_sd', 'seed_sd')}
 
-# %% ../nbs/71_results.ipynb #cbe76e5b
+# %% ../nbs/71_results.ipynb #c80bb964
 def differences(
     table: pd.DataFrame, # of `results`
     baseline: str, # name of the arm that is subtracted
@@ -219,7 +242,7 @@ def difference(
     values = [a.estimate.value - b.estimate.value for a, b in pairs]
     new = {k: row[k] for k in ('task', 'protocol', 'arm', 'method', 'metric', 'n', 'groups')} | dict(singles=values)
     both = [o['training'] for o in (row, base) if o['training']]
-    if len(pairs) == 1 and not both:
+    if len(pairs) == 1 and not both and pairs[0][0].draws == pairs[0][1].draws == 1:
         one = compare(pairs[0][0].frame, pairs[0][1].frame)
         return new | {k: one[k] for k in _THREE}
     replicates = [a.estimate.replicates - b.estimate.replicates for a, b in pairs]

@@ -307,6 +307,27 @@ def test_untrained_probe_is_a_baseline_but_not_chance(tmp_path):
     assert alt.count('untrained') == 1
 
 
+def test_draws_of_labels_are_one_part_per_training(tmp_path):
+    "Five draws under each of two seeds: two parts, each the mean of its draws, paired by seed."
+    pretend = Pretended()
+    for method, gain in (('clip', .5), ('flip', 1.)):
+        for seed in (0, 1):
+            run = pretend.run(tmp_path, method, seed=seed, gain=gain, tasks=(FINDINGS,))
+            frames = [read_predictions(tmp_path/f'predictions/{run}.parquet')]
+            frames += [pretend.rows(FINDINGS, gain, 'probe@0.01', run=run, draw=o) for o in range(5)]
+            write_predictions(tmp_path/f'predictions/{run}.parquet', concat_predictions(frames))
+    table = results.results(read_study(tmp_path), resamples=100)
+    few = table[table['protocol'] == 'probe@0.01']
+    assert [(len(o), {p.draws for p in o}) for o in few['parts']] == [(2, {5})] * 2
+    frame = read_predictions(tmp_path/'predictions/clip-1.parquet')
+    rows = [frame[(frame['protocol'] == 'probe@0.01') & (frame['draw'] == o)] for o in range(5)]
+    for o in rows: o.attrs = frame.attrs
+    clip = few[few['arm'] == 'clip'].iloc[0]
+    assert clip['parts'][1].estimate.value == pytest.approx(np.mean([measure(o, resamples=2).value for o in rows]))
+    gap = differences(few, 'clip').iloc[0]
+    assert gap['low'] > 0 and len(gap['singles']) == 2
+
+
 def test_the_same_study_gives_the_same_bytes(folder, tmp_path):
     first = {o: o.read_bytes() for o in write_report(folder, resamples=100)}
     second = {o: o.read_bytes() for o in write_report(folder, resamples=100)}
