@@ -2,11 +2,13 @@
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from medcl_study.metrics import auroc, balanced_accuracy, macro_auroc
 from medcl_study.stats import (Resamples, acceleration, bca_interval, estimate, mean_over_seeds, paired_difference,
-                               percentile_interval, replicate, resample, seed_variance, t_interval, wilson_interval)
+                               percentile_interval, critical_difference, holm, replicate, resample, seed_variance, standard_error,
+                               t_interval, wilson_interval)
 
 
 def mean_of(x): return lambda w: w @ x / w.sum(-1)
@@ -66,9 +68,10 @@ def test_bca_of_two_strata_equals_scipy():
     a = acceleration(lambda w: auroc(x, y, weights=w), draws)
     ours = bca_interval(value, theirs.bootstrap_distribution, a)
     np.testing.assert_allclose(ours, theirs.confidence_interval, atol=2e-3)
-    own = estimate(lambda w: auroc(x, y, weights=w), draws, trials=40)
+    own = estimate(lambda w: auroc(x, y, weights=w), draws)
     assert own.method == 'bca'
     np.testing.assert_allclose((own.low, own.high), theirs.confidence_interval, atol=.02)
+    assert estimate(lambda w: auroc(x, y, weights=w), draws, trials=40).method == 't'
 
 
 def test_block_jackknife_estimates_the_same_acceleration():
@@ -87,10 +90,48 @@ def test_wilson_equals_statsmodels(hits, n):
 def test_t_interval_of_a_mean_is_the_textbook_one():
     x = np.random.default_rng(0).normal(size=12)
     exact = scipy_stats.t.interval(.95, 11, x.mean(), x.std(ddof=1) / np.sqrt(12))
-    replicates = np.random.default_rng(1).normal(x.mean(), x.std() / np.sqrt(12), 200_000)
-    np.testing.assert_allclose(t_interval(x.mean(), replicates, 12), exact, rtol=.02, atol=.01)
-    low, high = t_interval(.99, .99 + .02 * np.random.default_rng(0).normal(size=999), 8, odds=True)
+    np.testing.assert_allclose(t_interval(x.mean(), x.std(ddof=1) / np.sqrt(12), 11), exact, rtol=1e-9)
+    low, high = t_interval(.99, .02, 7, odds=True)
     assert 0 < low < .99 < high < 1
+
+
+def test_standard_error_of_a_mean_is_the_textbook_one():
+    x = np.random.default_rng(0).normal(size=12)
+    draws = resample(np.arange(12), resamples=20_000)
+    error, freedom, skew = standard_error(mean_of(x), draws, replicate(mean_of(x), draws))
+    assert error == pytest.approx(x.std(ddof=1) / np.sqrt(12), rel=.02) and freedom == pytest.approx(11)
+    assert skew == pytest.approx(scipy_stats.skew(x) / 6 / np.sqrt(12), abs=1e-9)
+    heavy = x**9  # one value makes up most of the mean: hardly twelve
+    assert standard_error(mean_of(heavy), draws, replicate(mean_of(heavy), draws))[1] < 7
+
+
+def test_standard_error_of_two_means_has_welchs_degrees_of_freedom():
+    rng = np.random.default_rng(1)
+    x, y = np.r_[rng.uniform(size=30), 3 * rng.uniform(size=8)], np.repeat([0, 1], [30, 8])
+    def gap(w): return (w * (y == 1)) @ x / (w @ (y == 1)) - (w * (y == 0)) @ x / (w @ (y == 0))
+    draws = resample(np.arange(38), y, resamples=20_000)
+    error, freedom, _ = standard_error(gap, draws, replicate(gap, draws))
+    welch = scipy_stats.ttest_ind(x[y == 1], x[y == 0], equal_var=False)
+    assert error == pytest.approx(float(gap(np.ones((1, 38)))[0]) / welch.statistic, rel=.02)
+    assert freedom == pytest.approx(welch.df, rel=1e-6)
+
+
+def test_standard_error_counts_the_mix_of_classes():
+    "All of class 0 right, none of class 1: within classes nothing varies, and the share of right ones is binomial."
+    y, right = np.repeat([0, 1], [70, 30]), np.repeat([1., 0.], [70, 30])
+    right[0] = 0
+    draws = resample(np.arange(100), y, resamples=20_000)
+    error = standard_error(mean_of(right), draws, replicate(mean_of(right), draws))[0]
+    assert error == pytest.approx(np.sqrt(.69 * .31 / 100), rel=.05)
+
+
+def test_a_class_without_errors_widens_the_interval():
+    y = np.repeat([0, 1, 2], [40, 40, 6])
+    right = np.r_[np.arange(80) % 4 > 0, np.ones(6)].astype(float)
+    def balanced(w): return np.mean([(w * (y == c)) @ right / (w @ (y == c)) for c in range(3)], 0)
+    draws = resample(np.arange(86), y)
+    e = estimate(balanced, draws, trials=6)
+    assert e.error > 1.15 * e.replicates.std() and e.method == 't'
 
 
 def test_extremes_do_not_collapse():
@@ -159,6 +200,27 @@ def test_mean_over_seeds_has_two_parts():
     assert mean_over_seeds([.7], (.7 + shared)[None], groups=100, training=(.01, 8)).seed_sd == pytest.approx(.1)
     one = mean_over_seeds([.7], (.7 + shared)[None], groups=100)
     assert one.seeds == 1 and np.isnan(one.seed_sd)
+
+
+@pytest.mark.parametrize('n, differences', [(14, {3: .89, 5: 1.63, 8: 2.81, 10: 3.62}), (19, {3: .76, 5: 1.40, 8: 2.41, 10: 3.11}),
+                                            (20, {3: .74, 5: 1.36, 8: 2.35, 10: 3.03}), (25, {3: .66, 5: 1.22, 8: 2.10, 10: 2.71})])
+def test_critical_differences_are_the_published_ones(n, differences):
+    for k, expected in differences.items(): assert critical_difference(k, n) == pytest.approx(expected, abs=.0051)
+
+
+def test_critical_difference_divides_by_the_root_of_two():
+    demsar = {2: 1.960, 3: 2.343, 4: 2.569, 5: 2.728, 6: 2.850, 7: 2.949, 8: 3.031, 9: 3.102, 10: 3.164}
+    for k, q in demsar.items(): assert critical_difference(k, 6) == pytest.approx(q * np.sqrt(k * (k + 1) / 36), abs=2e-3)
+    assert critical_difference(8, 25, level=.9) < critical_difference(8, 25)
+    with pytest.raises(ValueError, match='1 methods on 25 tasks'): critical_difference(1, 25)
+
+
+def test_holm_equals_statsmodels():
+    rng = np.random.default_rng(0)
+    for p in ([.03], [.01, .01, .9], [0, 1, .5, .5], *(rng.beta(.3, 1, m) for m in (2, 5, 40))):
+        np.testing.assert_allclose(holm(p), multipletests(p, method='holm')[1], rtol=0, atol=1e-12)
+    for bad in ([.1, np.nan], [1.2], [-.1]):
+        with pytest.raises(ValueError, match='not between 0 and 1'): holm(bad)
 
 
 # Coverage: the share of repetitions whose 95 % interval holds the truth. 300 repetitions: standard error .0126.
