@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORE', 'EvaluationSet', 'evaluation_set', 'Reading', 'score_entries', 'evaluate']
 
-# %% ../nbs/69b_scoring.ipynb #1e44dee3
+# %% ../nbs/69b_scoring.ipynb #f5a2d71b
 import dataclasses
 import tempfile
 import warnings
@@ -18,6 +18,7 @@ import pandas as pd
 
 from .core import DataError, data_root
 from .data.phantom import MODALITIES, phantom_corpus
+from .data.sets.base import twin_prompts
 from .data.sets.questions import answer_vocabulary
 from .data.sets.sample import SAMPLE_SETS, sample_prompts
 from .data.tasks import CLASSIFICATION, PROTOCOLS, SUITES, TASKS, Entry, parse_entry
@@ -32,7 +33,7 @@ from .metrics import METRICS
 from .predictions import Task, concat_predictions
 from .settings import Run, make_run, packed, pair_part, set_corpus
 
-# %% ../nbs/69b_scoring.ipynb #f6b44cde
+# %% ../nbs/69b_scoring.ipynb #317ec311
 @dataclass(frozen=True)
 class EvaluationSet:
     "One entry as a task, with its prompts and its splits."
@@ -83,9 +84,12 @@ def _task_set(entry, run):
     classes = {'retrieval': tuple, 'vqa': lambda: answer_vocabulary(corpus).answers}.get(kind, lambda: o.classes)()
     metric = o.metric if o.metric and kind in METRICS[o.metric].kinds else ''
     task = Task(f'{entry.set}_{kind}' if entry.kind else entry.set, kind, classes, metric=metric, family=o.family, modality=o.modality,
-                prompt_set=o.prompt_sets[0] if o.prompt_sets and kind in CLASSIFICATION else '', split=o.split, licence=o.licence,
-                source=corpus.source, citation=o.citation)
-    return EvaluationSet(entry, task, {k: PROMPTS[k] for k in o.prompt_sets}, lambda split: packed(corpus.split(split), run))
+                split=o.split, licence=o.licence, source=corpus.source, citation=o.citation)
+    prompts = {k: PROMPTS[k] for k in o.prompt_sets}
+    if corpus.source == 'twin' and kind in ('binary', 'multiclass'): # its official names say nothing about what was drawn
+        prompts = {'drawn': twin_prompts(o.stands_in, classes)} | prompts
+    task = dataclasses.replace(task, prompt_set=next(iter(prompts), '') if kind in CLASSIFICATION else '')
+    return EvaluationSet(entry, task, prompts, lambda split: packed(corpus.split(split), run))
 
 
 def evaluation_set(

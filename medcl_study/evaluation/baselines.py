@@ -69,7 +69,7 @@ def shortcuts(
                                             protocol=name, groups=rows['test'].groups))
     return concat_predictions(frames)
 
-# %% ../../nbs/64_baselines.ipynb #b7b9d847
+# %% ../../nbs/64_baselines.ipynb #240d6ba5
 def untrained(
     make: Callable, # seed -> encoder with random weights
     evaluate: Callable, # encoder -> prediction rows
@@ -84,6 +84,6 @@ def untrained(
             own = seed_from('untrained', seed, draw)
             torch.manual_seed(own)
             rows = evaluate(make(own))
-            frames.append(rows.assign(draw=draw))
+            frames.append(rows.assign(draw=rows['draw'] * draws + draw)) # draws of labels stay apart
             frames[-1].attrs = rows.attrs
     return concat_predictions(frames)

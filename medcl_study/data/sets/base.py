@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'ACCESS', 'Remote', 'DataSet', 'mark_twin', 'source_of', 'read_table', 'missing_columns', 'need_file',
            'need_folder', 'list_files', 'check_files', 'write_table', 'check_labels', 'check_groups', 'StoredImages',
-           'sampled_hash', 'read_hdf5', 'StackedImages', 'EmbeddedImages', 'twin_samples']
+           'sampled_hash', 'read_hdf5', 'StackedImages', 'EmbeddedImages', 'twin_kinds', 'twin_prompts', 'twin_samples']
 
-# %% ../../../nbs/17_base.ipynb #46a764a1
+# %% ../../../nbs/17_base.ipynb #d9bacecc
 import difflib
 import io
 import itertools
@@ -29,6 +29,7 @@ from ...core import DataError, atomic, content_hash, seed_from, write_json
 from ..images import read_image
 from ..pairs import Sample
 from ..phantom import MODALITIES, phantom_corpus
+from ..text import PromptSet
 
 # %% ../../../nbs/17_base.ipynb #8400f34d
 KINDS = ('binary', 'multiclass', 'multilabel', 'retrieval', 'vqa', 'localized', 'pairs')
@@ -419,7 +420,27 @@ class EmbeddedImages:
         "Hash what is in the files, as `sampled_hash` does, and which rows are kept."
         return content_hash(self._digest, self.rows)
 
-# %% ../../../nbs/17_base.ipynb #688348a4
+# %% ../../../nbs/17_base.ipynb #fbc54890
+def twin_kinds(
+    modality: str, # key of MODALITIES
+    classes: int, # how many
+) -> list[tuple[str, ...]]: # findings of each class number, the smaller sets first
+    "Tell which findings the phantoms of each class show."
+    names = MODALITIES[modality].classes
+    return list(itertools.islice(itertools.chain.from_iterable(itertools.combinations(names, k) for k in range(len(names) + 1)), classes))
+
+
+def twin_prompts(
+    modality: str, # key of MODALITIES
+    classes, # names, in the order of their numbers
+) -> PromptSet:
+    "Word each class of a twin as the findings that its phantoms show, or do not show."
+    kinds = twin_kinds(modality, len(classes))
+    none = 'no ' + ' or '.join(dict.fromkeys(o for kind in kinds for o in kind))
+    return PromptSet(('{c}.', 'findings of {c}.', '{c} seen.', 'impression: {c}.'), source='phantom-v1',
+                     classes={c: ' and '.join(kind) or none for c, kind in zip(classes, kinds)})
+
+
 def twin_samples(
     modality: str, # key of MODALITIES
     labels, # (n,) class numbers
@@ -430,10 +451,7 @@ def twin_samples(
 ) -> list[Sample]: # phantoms with masks, sentences and questions
     "Draw a phantom for each class number: the classes are the sets of findings, the smaller ones first."
     labels, names = np.asarray(labels), MODALITIES[modality].classes
-    kinds = itertools.islice(itertools.chain.from_iterable(itertools.combinations(range(len(names)), k) for k in range(len(names) + 1)),
-                             int(labels.max()) + 1)
-    wanted = np.zeros((int(labels.max()) + 1, len(names)), bool)
-    for row, kind in zip(wanted, kinds): row[list(kind)] = True
+    wanted = np.array([[o in kind for o in names] for kind in twin_kinds(modality, int(labels.max()) + 1)])
     rows, n, seed = np.full(len(labels), -1), 64, seed_from('twin', name, seed)
     while (rows < 0).any():
         n *= 4
