@@ -11,7 +11,7 @@ SIZE ?= quick
 PYTHON ?= python3
 CORES ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 TWINS ?= work/twins-data
-EXTRAS ?= workflow,minilm,clip,data,dev
+EXTRAS ?= workflow,minilm,clip,data,track,dev
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
