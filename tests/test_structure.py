@@ -55,6 +55,7 @@ LAYERS = {
     'scoring': ['core', 'data', 'encoders', 'evaluation', 'metrics', 'predictions', 'settings'],
     'experiment': [''],
     'studies': [''],
+    'cards': [''],
 }
 # Importing these must not load torch: they read tables and numbers, also on a machine without it.
 TORCH_FREE = ['core', 'data.pairs', 'data.text', 'data.images', 'data.regions', 'data.reports', 'data.phantom', 'data.sets',
