@@ -31,6 +31,18 @@ def small_png(
     image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, 'png', optimize=True, dpi=(dpi, dpi))
     return out.getvalue()
 
+# %% ../nbs/73a_comparison_figures.ipynb #646f413f
+_DASHES = '-', (0, (5, 2)), (0, (1, 1.4)), (0, (5, 1.5, 1, 1.5)), (0, (2, 3))
+
+
+def _dashes(table):
+    "Give each row a line style that no other row of its colour has."
+    style, seen = {}, {}
+    for row, method in table[['row', 'method']].drop_duplicates('row').itertuples(index=False):
+        c = colour(method)
+        style[row], seen[c] = _DASHES[seen.get(c, 0) % len(_DASHES)], seen.get(c, 0) + 1
+    return style
+
 # %% ../nbs/73a_comparison_figures.ipynb #0e7a4284
 @_drawn
 def rank_diagram(
@@ -94,7 +106,7 @@ def _label(ax, x, above, below, i, k, r):
     text = (r['row'], f'  {r["rank"]:.2f}') if better else (f'{r["rank"]:.2f}  ', r['row'])
     ax.text(edge + (-.05 if better else .05), y, ''.join(text), ha=side, va='center', fontsize=8.5, color=INK)
 
-# %% ../nbs/73a_comparison_figures.ipynb #43599688
+# %% ../nbs/73a_comparison_figures.ipynb #b8de9472
 @_drawn
 def profile_curves(
     table: pd.DataFrame, # row, method, threshold, value, low, high
@@ -104,20 +116,21 @@ def profile_curves(
     "Draw the share of results above each threshold, with bands."
     figure = Figure(figsize=(5.6, 3.), layout='constrained')
     ax = figure.subplots()
-    for row, part in table.groupby('row', sort=False): _band(ax, part, 'threshold', 'value', row)
+    styles = _dashes(table)
+    for row, part in table.groupby('row', sort=False): _band(ax, part, 'threshold', row, styles[row])
     ax.set(xlabel=f'{xlabel} above', ylabel='share of results', ylim=(0, 1.02))
     ax.margins(x=0)
     _legend(figure, ax)
     return figure
 
 
-def _band(ax, part, x, y, label):
+def _band(ax, part, x, label, style):
     "Draw one method's curve with its interval."
     c = colour(part['method'].iloc[0])
-    ax.plot(part[x], part[y], color=c, lw=1.5, label=label)
+    ax.plot(part[x], part['value'], color=c, lw=1.5, ls=style, label=label)
     ax.fill_between(part[x], part['low'], part['high'], color=c, alpha=.14, lw=0)
 
-# %% ../nbs/73a_comparison_figures.ipynb #2d2f603e
+# %% ../nbs/73a_comparison_figures.ipynb #735fabd3
 @_drawn
 def reliability_diagram(
     table: pd.DataFrame, # panel, row, method, predicted, observed, low, high, count; one line per bin
@@ -128,7 +141,7 @@ def reliability_diagram(
 ) -> Figure:
     "Draw observed against predicted probability with intervals, and the number of predictions per bin below."
     names, rows = (list(dict.fromkeys(table[o])) for o in ('panel', 'row'))
-    columns = min(columns, len(names))
+    columns, styles = min(columns, len(names)), _dashes(table)
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(2.5 * columns + .3, 2.9 * lines + .3), layout='constrained')
     grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=[3.2, 1] * lines, sharex=True)
@@ -139,26 +152,27 @@ def reliability_diagram(
             continue
         part = table[table['panel'] == names[i]]
         top.plot([0, 1], [0, 1], color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
-        for j, row in enumerate(rows): _bins(top, low, part[part['row'] == row], j, len(rows), row)
+        for j, row in enumerate(rows): _bins(top, low, part[part['row'] == row], j, len(rows), row, styles[row])
         _title(top, names[i], 30)
         top.set(xlim=(0, 1), ylim=(-.02, 1.02)); top.set_aspect('auto')
         for ax, n in ((top, 5), (low, 2)): ax.yaxis.set_major_locator(MaxNLocator(n, integer=ax is low))
         low.set_xlabel(xlabel if i + columns >= len(names) else '')
+        low.tick_params(axis='x', labelbottom=i + columns >= len(names))
         if i % columns == 0: top.set_ylabel(ylabel); low.set_ylabel('count')
     _legend(figure, grid[0, 0])
     return figure
 
 
-def _bins(top, low, part, j, several, label):
+def _bins(top, low, part, j, several, label, style):
     "Draw one method's bins."
     if part.empty: return
     method, width = part['method'].iloc[0], .07 / several
     c, shift = colour(method), (j - (several - 1) / 2) * .012
     top.vlines(part['predicted'] + shift, part['low'], part['high'], color=c, lw=1.3, alpha=.8)
-    top.plot(part['predicted'] + shift, part['observed'], MARKERS.get(method, 'o'), ls='-', lw=.7, color=c, ms=4, mec='white', mew=.4, label=label)
+    top.plot(part['predicted'] + shift, part['observed'], MARKERS.get(method, 'o'), ls=style, lw=.9, color=c, ms=4, mec='white', mew=.4, label=label)
     low.bar(part['predicted'] + (j - (several - 1) / 2) * width, part['count'], width, color=c, alpha=.8)
 
-# %% ../nbs/73a_comparison_figures.ipynb #8075a989
+# %% ../nbs/73a_comparison_figures.ipynb #5201b8ee
 @_drawn
 def risk_coverage(
     table: pd.DataFrame, # panel, row, method, coverage, value, low, high
@@ -166,13 +180,14 @@ def risk_coverage(
     columns: int = 3, # panels side by side
 ) -> Figure:
     "Draw the error rate on the most confident share of cases over that share, with bands."
-    names = list(dict.fromkeys(table['panel']))
+    names, styles = list(dict.fromkeys(table['panel'])), _dashes(table)
     figure, axes, columns = _panels(names, columns, 2.3, sharex=True, sharey=True)
     for i, (name, ax) in enumerate(axes.items()):
-        for row, part in table[table['panel'] == name].groupby('row', sort=False): _band(ax, part, 'coverage', 'value', row)
+        for row, part in table[table['panel'] == name].groupby('row', sort=False): _band(ax, part, 'coverage', row, styles[row])
         _title(ax, name, 30 if columns > 2 else 46)
         ax.set(xlim=(0, 1), xlabel='share of cases kept' if i + columns >= len(names) else '')
         ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.xaxis.set_major_locator(FixedLocator([0, .5, 1]))
+        ax.tick_params(axis='x', labelbottom=i + columns >= len(names))
         if i % columns == 0: ax.set_ylabel('error rate on them')
     ax.set_ylim(0, None)
     _legend(figure, list(axes.values())[0])
