@@ -45,7 +45,7 @@ def _eval_results(record, hub):
         files.setdefault(task, []).append(EvalResultEntry(hub[task], f'{task}_{protocol}', round(o['value'], 6), notes=notes))
     return files
 
-# %% ../nbs/77_cards.ipynb #ac7a0471
+# %% ../nbs/77_cards.ipynb #5a6c04f1
 def _table(record):
     lines = ['| task | protocol | metric | value | 95 % interval | n | groups |', '|---|---|---|---|---|---|---|']
     for task, protocol, o in _primary(record):
@@ -68,8 +68,8 @@ def model_card(
     trained, steps = record['trained'], [f'{k}: {v}' for k, v in run.items() if k not in ('tasks', 'workers', 'devices')]
     return '\n'.join([
         '---', header.to_yaml(), '---', '', f'# {name}', '', f'**{_CLINIC}**', '',
-        f'An image–text encoder trained by {method.label} ({method.source}) with `medcl_study`, on {run["data"]} pairs, one of several seeds '
-        f'(this one is {run["seed"]}). Data seen in training or evaluation: {record["source"]}.', '',
+        f'An image–text encoder trained by {method.label} ({method.source}) with `medcl_study`, on {run["data"]} pairs, seed {run["seed"]}. '
+        f'Data seen in training or evaluation: {record["source"]}.', '',
         '## Use', '', '```python', 'from medcl_study.encoders.checkpoints import load_encoder', '', "encoder = load_encoder('this/folder')",
         "encoder.encode_image(images).global_ @ encoder.encode_text(['evidence of pneumothorax.']).global_.T # images: uint8 (n, c, h, w)",
         '```', '', '## Results', '', 'Test rows were never trained on; intervals resample patients or other groups.', '', _table(record), '',

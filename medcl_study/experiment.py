@@ -149,12 +149,12 @@ def finished(reports, run_id: str) -> dict | None:
     record = read_json(path)
     return record if record['code'] == code_hash() else None
 
-# %% ../nbs/70_experiment.ipynb #e8d7021b
-def _results(run, folder, examples, progress):
+# %% ../nbs/70_experiment.ipynb #c8ac694b
+def _results(run, folder, examples, progress, track):
     "Return (predictions, what a record says of the training) of a run, and save its pictures as `examples`."
     if run.method == 'shortcuts': return _evaluate_shortcuts(run), {}
     if run.method == 'random_init': return _evaluate_draws(run, folder), {}
-    encoder, trained = trained_encoder(run, progress=progress)
+    encoder, trained = trained_encoder(run, progress=progress, track=track)
     encoder = encoder.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
     if run.seed == 0: _examples(run, encoder, examples)
     integrity = integrity_check(run, encoder)
@@ -185,6 +185,7 @@ def run(
     *,
     reports='reports/adhoc', # folder that gets records/<id>.json and predictions/<id>.parquet
     progress: bool = False, # show a progress bar
+    track: str = '', # log the training also to 'tensorboard' or 'wandb'
 ) -> dict: # the record
     "Do one run, or return its record if it is there; raises `Locked` if another process is at it."
     name = run_id(settings)
@@ -192,7 +193,7 @@ def run(
     folder = work_folder()/'runs'/f'{name}-{code_hash()}'
     with lock(folder):
         started = time.monotonic()
-        with threads(settings.threads): frame, more = _results(settings, folder, Path(reports)/'examples'/f'{name}.npz', progress)
+        with threads(settings.threads): frame, more = _results(settings, folder, Path(reports)/'examples'/f'{name}.npz', progress, track)
         attrs, frame = frame.attrs, frame.assign(run=name)
         frame.attrs.update(attrs)
         write_predictions(predictions_path(reports, name), frame)

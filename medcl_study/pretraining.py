@@ -6,7 +6,7 @@
 __all__ = ['TRAINS', 'Unavailable', 'image_weights', 'text_parts', 'make_encoder', 'pretrain', 'training_folder',
            'trained_encoder', 'threads', 'main']
 
-# %% ../nbs/69a_pretraining.ipynb #433dec36
+# %% ../nbs/69a_pretraining.ipynb #1a0c592c
 import argparse
 import contextlib
 import functools
@@ -25,6 +25,7 @@ from .data.shards import ShardStream
 from .data.text import Tokenizer, minilm_folder
 from .embeddings import rank, world_size
 from .encoders.dual import DualEncoder, EncoderConfig
+from .loggers import find_logger
 from .methods import find_method, method_loss
 from .pretext import general_image_tower, medical_text_tower
 from .settings import Part, Rendered, Run, make_run, pair_part, pairs_of, phantoms, training_id, work_folder
@@ -87,7 +88,7 @@ def make_encoder(run: Run) -> DualEncoder:
         raise Unavailable(f'{run.method} keeps the text tower as it is, so it needs a pretrained one: text_tower minilm_2')
     return encoder.freeze(lock_image=method.lock_image, lock_text=method.lock_text).ask(**method.wishes)
 
-# %% ../nbs/69a_pretraining.ipynb #206d12e0
+# %% ../nbs/69a_pretraining.ipynb #73227221
 def _dataset(run, part, tokenizer):
     "Tokenize a part and join it with its pixels."
     tokens = tokenizer(list(part.corpus.frame.text), max_tokens=run.max_tokens)
@@ -123,6 +124,7 @@ def pretrain(
     *,
     progress: bool = False,
     device='cpu',
+    callbacks=(), # more fastai callbacks, such as those of `loggers`
 ) -> list: # history
     "Train the encoder of a run by its method; what locked towers make of a finite set of pairs is computed once."
     data = _train_data(run, encoder.tokenizer)
@@ -133,9 +135,10 @@ def pretrain(
     config = TrainConfig(epochs=run.epochs, batch_size=run.batch_size, accumulation=run.accumulation, lr=run.lr,
                          weight_decay=run.weight_decay, warmup=run.warmup, clip_norm=run.clip_norm or None,
                          precision=run.precision, seed=seed_from('train', run.seed), save_every=25)
-    return train(encoder.to(device), method_loss(run.method), loaders, config, folder=folder, progress=progress)
+    return train(encoder.to(device), method_loss(run.method), loaders, config, folder=folder, progress=progress,
+                 callbacks=callbacks)
 
-# %% ../nbs/69a_pretraining.ipynb #f6cabab6
+# %% ../nbs/69a_pretraining.ipynb #ba5b1601
 TRAINS = ('core', 'embeddings', 'data', 'encoders', 'losses', 'methods', 'trainer', 'pretext', 'settings', 'pretraining') # what takes part
 
 
@@ -146,32 +149,34 @@ def trained_encoder(
     run: Run,
     *,
     progress: bool = False, # show a progress bar
+    track: str = '', # also log to 'tensorboard' or 'wandb', below the encoder's folder
 ) -> tuple[DualEncoder, dict]: # in evaluation mode; history, seconds, revision and code of its training
     "Train the encoder of a run, or load it if that is already done; raises `Locked` if another process is at it."
     folder = training_folder(run)
     with lock(folder):
         if not (folder/'trained.json').exists():
-            if run.devices > 1: _launch(run, folder)
-            else: _train_and_save(run, folder, progress)
+            if run.devices > 1: _launch(run, folder, track)
+            else: _train_and_save(run, folder, progress, track)
     return DualEncoder.load(folder/'encoder'), read_json(folder/'trained.json')
 
 
-def _train_and_save(run, folder, progress=False):
+def _train_and_save(run, folder, progress=False, track=''):
     started = time.monotonic()
     with process_group() as device, threads(run.threads):
         encoder = make_encoder(run)
-        history = pretrain(run, encoder, folder, progress=progress, device=device)
+        history = pretrain(run, encoder, folder, progress=progress, device=device,
+                           callbacks=[find_logger(track)(folder)] if track else ())
         if rank(): return
     encoder.cpu().save(folder/'encoder')
     made = {k: v for k, v in environment().items() if k in ('revision', 'device')} | {'code': code_hash(*TRAINS)}
     write_json(folder/'trained.json', {'history': history, 'seconds': round(time.monotonic() - started, 1)} | made)
 
 
-def _launch(run, folder):
+def _launch(run, folder, track):
     "Train in several processes under torchrun, streaming what they print; raises `RuntimeError` if one fails."
     write_json(folder/'config.json', run)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(run.devices),
-               '-m', 'medcl_study.pretraining', str(folder/'config.json')]
+               '-m', 'medcl_study.pretraining', str(folder/'config.json'), '--track', track]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout: print(line, end='')
     if process.returncode: raise RuntimeError(f'training in {run.devices} processes failed with exit code {process.returncode}')
@@ -185,13 +190,14 @@ def threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/69a_pretraining.ipynb #a664d175
+# %% ../nbs/69a_pretraining.ipynb #0bc7a32c
 def main(arguments=None):
     "Train one run in a process of torchrun: `python -m medcl_study.pretraining CONFIG`."
     parser = argparse.ArgumentParser(prog='medcl_study.pretraining', description=main.__doc__)
     parser.add_argument('config', type=Path, help='settings of the run, as JSON; its folder gets the encoder')
-    config = parser.parse_args(arguments).config
-    _train_and_save(make_run(read_json(config)), config.parent)
+    parser.add_argument('--track', default='', help='tensorboard or wandb')
+    given = parser.parse_args(arguments)
+    _train_and_save(make_run(read_json(given.config)), given.config.parent, track=given.track)
 
 
 if __name__ == '__main__' and 'get_ipython' not in globals(): main()
