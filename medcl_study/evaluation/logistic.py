@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core import DataError
 
-# %% ../../nbs/62z_logistic.ipynb #fa1c23dc
+# %% ../../nbs/62z_logistic.ipynb #49d18bdf
 BLOCK = 8192 # rows that are multiplied at once
 
 
@@ -32,7 +32,7 @@ class Axes:
     def of(cls,
         x, # (n, d) features
     ) -> 'Axes':
-        "Rotate features; raises `DataError` for a number that is not finite, or if all rows are the same."
+        "Rotate features; raises `DataError` for a number that is not finite."
         x = torch.as_tensor(np.asarray(x, np.float64))
         bad = ~x.isfinite().all(1)
         if bad.any(): raise DataError('a feature is NaN or infinite', row=int(bad.nonzero()[0]) + 1,
@@ -41,7 +41,6 @@ class Axes:
         x = x - mean
         variance, turn = torch.linalg.eigh((x @ x.T if n < x.shape[1] else x.T @ x) / n)
         keep = variance > max(1e-12 * float(variance[-1]), 1e-200)
-        if not keep.any(): raise DataError(f'all {n} rows of features are the same', remedy='Look at the encoder that made them.')
         variance, turn = variance[keep], turn[:, keep]
         if n < x.shape[1]: turn = x.T @ turn / (n * variance).sqrt()
         return cls(mean, turn, F.pad(variance, (0, 1), value=1.), F.pad((x @ turn).float(), (0, 1), value=1.))
@@ -53,7 +52,7 @@ class Axes:
         weight = self.turn @ w[:, :-1].T
         return weight.numpy(), (w[:, -1] - self.mean @ weight).numpy()
 
-# %% ../../nbs/62z_logistic.ipynb #6fa774da
+# %% ../../nbs/62z_logistic.ipynb #93622d0e
 @dataclass(frozen=True)
 class _Problems:
     "Labels (n, b, k) of b problems on the same rows: k exclusive classes each, or k = 1."
@@ -67,7 +66,7 @@ class _Problems:
         loss, slope, spread = torch.zeros(b, dtype=torch.float64), torch.zeros_like(w), torch.zeros_like(w[..., 0])
         for z, y in zip(self.axes.z.split(BLOCK), self.y.split(BLOCK)):
             z, y = z.to(w.dtype), y.to(w.dtype)
-            logit = (z @ w.view(b * k, r).T).view(-1, b, k)
+            logit = (z @ w.view(b * k, r).T).view(len(z), b, k)
             p = logit.softmax(2) if self.exclusive else logit.sigmoid()
             each = (logit.logsumexp(2) if self.exclusive else F.softplus(logit)[..., 0]) - (logit * y).sum(2)
             loss += each.sum(0, dtype=torch.float64)
