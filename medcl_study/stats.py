@@ -93,24 +93,26 @@ def _skew(influences):
     second, third = (sum((o**p).sum() / len(o)**p for o in influences) for p in (2, 3))
     return float(third / 6 / second**1.5) if second > 1e-24 else 0.
 
-# %% ../nbs/51_stats.ipynb #f3cb4cd0
+# %% ../nbs/51_stats.ipynb #0d3f134d
 def standard_error(
     statistic: Callable, # weights (b, n) -> (b,)
     resamples: Resamples,
     replicates, # (b,) of `replicate`, without NaN
+    *,
+    smooth: bool = True, # False for medians and the like, which a jackknife does not know
 ) -> tuple[float, float, float]: # standard error, its degrees of freedom, acceleration of BCa
     "Correct the spread of the replicates for few groups, silent strata and the mix of classes; the formulas are above."
     sizes, influences = zip(*_influences(statistic, resamples))
     groups, seen = np.array(sizes), np.array([(o**2).mean() / len(o) for o in influences])
-    if seen.sum() < 1e-24: return float(np.std(replicates)), float(max(1, groups.sum() - len(groups))), 0.
+    rest = max(1, groups.sum() - len(groups))
+    if not smooth or seen.sum() < 1e-24: return float(np.std(replicates) * (1 + 1 / rest)**.5), float(rest), 0.
     heavy = np.array([(o**4).mean() / max((o**2).mean(), 1e-18)**2 for o in influences])
     parts, silent = seen * groups / np.maximum(1, groups - 1), seen < 1e-18
-    inflation = parts.sum() / seen.sum()
     added = np.where(silent, (parts * groups)[~silent].mean() / (groups + 1.5) / groups, 0)
     mix = _mix_variance(statistic, resamples, groups)
     freedom = np.r_[np.maximum(1, groups - 1) / (1 + np.maximum(0, heavy - 3) / 4), max(1, groups.sum() - 1)]
     every = np.r_[parts + added, mix]
-    error = np.sqrt(np.var(replicates) * inflation + added.sum() + mix)
+    error = np.sqrt(max(np.var(replicates) * parts.sum() / seen.sum(), parts.sum()) + added.sum() + mix)
     return float(error), float(max(1., every.sum()**2 / (every**2 / freedom).sum())), _skew(influences)
 
 
@@ -181,7 +183,7 @@ def t_interval(
     half = half / (value * (1 - value))
     return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
-# %% ../nbs/51_stats.ipynb #01a54a83
+# %% ../nbs/51_stats.ipynb #f29fe973
 @dataclass(frozen=True)
 class Estimate:
     "A value, its 95 % interval, what that rests on, and what to keep in mind."
@@ -209,7 +211,7 @@ def estimate(
     "Compute a statistic with its interval, by the rules above; raises ValueError where it is undefined."
     value, replicates = _replicated(statistic, resamples)
     n, groups, usable = len(resamples.group_of), resamples.counts.shape[1], replicates[np.isfinite(replicates)]
-    error, freedom, skew = standard_error(statistic, resamples, usable)
+    error, freedom, skew = standard_error(statistic, resamples, usable, smooth=smooth)
     size = _effective_size(value, usable, n, groups)
     if share and size * min(value, 1 - value) < 10: interval, method = wilson_interval(value, size, level=level), 'wilson'
     elif trials and value in (0, 1): interval, method = wilson_interval(value, trials, level=level), 'wilson'
@@ -254,7 +256,7 @@ def _cautions(groups, trials, undefined):
     if undefined > .01: notes.append(f'{undefined:.0%} of the resamples lack a class and are left out')
     return tuple(notes)
 
-# %% ../nbs/51_stats.ipynb #b7e356c4
+# %% ../nbs/51_stats.ipynb #0cc1db86
 def paired_difference(
     first: Callable, # weights (b, n) -> (b,)
     second: Callable, # the same for the other method, over the same samples
@@ -268,7 +270,7 @@ def paired_difference(
     def statistic(w): return first(w) - second(w)
     value, replicates = _replicated(statistic, resamples)
     usable, groups = replicates[np.isfinite(replicates)], resamples.counts.shape[1]
-    error, freedom, skew = standard_error(statistic, resamples, usable)
+    error, freedom, skew = standard_error(statistic, resamples, usable, smooth=smooth)
     interval, method = t_interval(value, error, freedom, level=level), 't'
     if not smooth: interval, method = _quantile_interval(value, usable, error, freedom, skew, False, level)
     notes = _cautions(groups, trials, 1 - len(usable) / len(replicates))
