@@ -639,6 +639,15 @@ def test_group_tiles(root, capsys):
     assert {'train', 'test'} <= set(read_set('lc25000_lung', root).frame.split)
 
 
+def test_describe(capsys, tmp_path):
+    (tmp_path/'one.png').write_bytes(b'x')
+    (tmp_path/'pairs.csv').write_text('image,text\none.png,No finding.\n')
+    about = ['--name', 'one', '--description', 'One pair.', '--licence', 'CC0-1.0', '--url', 'https://example.org']
+    code, out, _ = said(capsys, 'describe', tmp_path/'pairs.csv', *about)
+    assert code == 0 and read_json(out.strip())['recordSet'][0]['description'].startswith('1 image')
+    assert said(capsys, 'describe', tmp_path/'nothing.csv', *about)[0] == 2
+
+
 @pytest.mark.parametrize('command', ['', *access._COMMANDS])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as e: main([*command.split(), '--help'])

@@ -60,7 +60,7 @@ LAYERS = {
 }
 # Importing these must not load torch: they read tables and numbers, also on a machine without it.
 TORCH_FREE = ['core', 'data.pairs', 'data.text', 'data.images', 'data.regions', 'data.reports', 'data.phantom', 'data.sets',
-              'data.audit', 'data.corpora', 'data.tasks', 'data.twins', 'data.budgets', 'measures', 'metrics', 'stats', 'significance', 'across', 'predictions',
+              'data.audit', 'data.corpora', 'data.tasks', 'data.twins', 'data.budgets', 'data.croissant', 'measures', 'metrics', 'stats', 'significance', 'across', 'predictions',
               'results', 'pages', 'figures', 'comparison_figures', 'benchmark_sections', 'sections', 'questions', 'report']
 # What the purest layers may import from outside the standard library.
 OUTSIDE = {'metrics': {'numpy', 'scipy'}, 'measures': {'numpy', 'scipy'}, 'stats': {'numpy', 'scipy'},

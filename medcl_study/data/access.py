@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'BOMB_RATIO', 'BOMB_LEAST', 'ARCHIVES', 'find_set', 'state_of', 'status', 'describe', 'unpack', 'get', 'main']
 
-# %% ../../nbs/19e_access.ipynb #cdaffc38
+# %% ../../nbs/19e_access.ipynb #9b0b70c6
 import argparse
 import difflib
 import errno
@@ -32,6 +32,7 @@ import pandas as pd
 from ..core import DataError, Locked, OutputError, atomic, data_root, lock, read_json, write_json
 from .audit import _markdown, audit, integrity
 from .corpora import MANIFESTS
+from .croissant import write_croissant
 from .sets.base import ACCESS, DataSet, Remote, source_of
 from .sets.histology import group_tiles
 from .twins import DATA_SETS, TWIN_SIZE, check_set, make_twin, read_set
@@ -404,7 +405,7 @@ def _get_file(remote, folder, say, timeout):
     if remote.unpack: say(f'  unpacking {path.name}')
     write_json(notes, done | {path.name: unpack(path) if remote.unpack else [path.name]})
 
-# %% ../../nbs/19e_access.ipynb #36073f0b
+# %% ../../nbs/19e_access.ipynb #951921ea
 _STATUS_LINE = '{:18} {:10} {:12} {:36} {}'
 
 
@@ -472,10 +473,15 @@ def _pack(given):
     print(f"{folder}: {pairs:,} pairs in {len(index['shards'])} shards, {len(index['left_out'])} left out")
 
 
+def _describe(given):
+    about = {o: getattr(given, o) for o in ('name', 'description', 'licence', 'url', 'citation')}
+    print(write_croissant(given.manifest, given.out, **about))
+
+
 def _group_tiles(given):
     for tissue, tiles in group_tiles(_root(given)/DATA_SETS['lc25000_colon'].folder).items(): print(f'{tissue:10} {tiles:,} tiles')
 
-# %% ../../nbs/19e_access.ipynb #d3fbb318
+# %% ../../nbs/19e_access.ipynb #bfcffdf7
 _NAME = ('name', {'help': 'name of a data set; `medcl_data status` lists them'})
 _ONE_OR_ALL = ('name', {'help': 'name of a data set, or all'})
 _COMMANDS = { # command → function, help, example, arguments
@@ -492,6 +498,11 @@ _COMMANDS = { # command → function, help, example, arguments
     'pack': (_pack, 'write a corpus as tar shards for pretraining; a second call goes on', 'pack roco --folder shards/roco', [
         ('name', {'help': 'name of a corpus, or path of a manifest below the root'}),
         ('--folder', {'help': 'of this corpus; default: shards/NAME in the work folder'})]),
+    'describe': (_describe, 'describe a manifest in Croissant, for search engines and other loaders',
+                 'describe pairs.csv --name my-pairs --description "…" --licence CC-BY-4.0 --url https://…',
+                 [('manifest', {'help': '.csv, .jsonl or .parquet'}), *((f'--{o}', {'required': True, 'help': 'of the list'}) for o in
+                  ('name', 'description', 'licence', 'url')), ('--citation', {'default': '', 'help': 'how to cite it'}),
+                  ('--out', {'help': 'file; default: beside the manifest'})]),
     'group-tiles': (_group_tiles, 'find which images of LC25000 show one tile, so that it can be split', 'group-tiles', []),
 }
 
@@ -505,7 +516,7 @@ def _parser():
                                   epilog=f'Example: medcl_data {example}')
         one.set_defaults(do=do)
         for argument, options in arguments: one.add_argument(argument, **options)
-        if name != 'twin': one.add_argument('--root', help='folder of all data sets; default: the environment variable MEDCL_DATA')
+        if name not in ('twin', 'describe'): one.add_argument('--root', help='folder of all data sets; default: the environment variable MEDCL_DATA')
     return parser
 
 
