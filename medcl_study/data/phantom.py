@@ -151,6 +151,11 @@ class PhantomCorpus(Corpus):
         "The reports."
         return [' '.join(o) for o in self.sentences]
 
+    @property
+    def questions(self) -> list[tuple]:
+        "What is asked about each image."
+        return [o for *_, o in self._told]
+
     @functools.cached_property
     def frame(self) -> pd.DataFrame:
         "The corpus as a table, without pixels."
