@@ -268,7 +268,7 @@ def concat_predictions(
     joined.attrs['tasks'] = tasks
     return check_predictions(joined)
 
-# %% ../nbs/52_predictions.ipynb #aa052ade
+# %% ../nbs/52_predictions.ipynb #2ce4d5e3
 def arrays_of(
     task: Task,
     rows: pd.DataFrame, # predictions of one model and variant
@@ -307,10 +307,11 @@ def metrics_of(
     targets, # of `arrays_of`
 ) -> list[str]:
     "Name the metrics defined on a task; Recall@k needs more than k candidates, a share of closed questions one."
-    def defined(name, metric):
+    def defined(name, row):
+        if task.kind not in row.kinds or len(task.classes) < row.least_classes: return False
         if name.startswith('recall_at_'): return int(name.rsplit('_', 1)[1]) < np.asarray(targets)[:, 1].max()
-        return metric.reads is None or metric.reads(targets).any()
-    return [name for name, metric in METRICS.items() if task.kind in metric.kinds and defined(name, metric)]
+        return (name == task.metric or not row.named) and (row.reads is None or row.reads(targets).any())
+    return [name for name, row in METRICS.items() if defined(name, row)]
 
 
 class _Block:
@@ -337,13 +338,25 @@ class _Block:
 
     def options(self, metric):
         row = METRICS[metric]
-        bounded = row.bounds == (0, 1) and not (row.share or row.mean)
+        bounded = row.bounds == (0, 1) and not (row.share or row.mean or row.floor)
         return {'trials': self.fewest if bounded else None, 'smooth': row.smooth}
 
     def estimate(self, metric):
-        return stats.estimate(self.statistic(metric), self.draws, share=METRICS[metric].share, **self.options(metric))
+        row = METRICS[metric]
+        e = stats.estimate(self.statistic(metric), self.draws, share=row.share, **self.options(metric))
+        return e if row.floor is None else _above_noise(e, row.floor(self.scores, self.targets))
 
-# %% ../nbs/52_predictions.ipynb #5271c4ff
+
+def _above_noise(e, floor):
+    "Move the interval of a value that noise alone makes positive, and say what a perfect model would show."
+    usable = e.replicates[np.isfinite(e.replicates)]
+    low, high = stats.percentile_interval(usable)
+    steps = max(0., usable.mean() - e.value)
+    note = f'noise alone would show {floor:.3f}'
+    return dataclasses.replace(e, low=max(0., low - 4 * steps), high=max(high - steps, e.value), method='percentile',
+                               cautions=e.cautions + (note,) * (floor > e.value / 2))
+
+# %% ../nbs/52_predictions.ipynb #510efe49
 def measure(
     frame: pd.DataFrame, # rows of one run, task, protocol, prompt set and draw
     metric: str = '', # key of METRICS; '' = the task's primary one
@@ -405,8 +418,11 @@ def _left_out(task, targets, row):
 def _mean(blocks, values, replicates, metric, bounds=None):
     "Average over draws or runs of one test set, with both sources of spread."
     _same_samples(blocks)
-    return stats.mean_over_seeds(values, replicates, groups=len(np.unique(blocks[0].groups)),
+    mean = stats.mean_over_seeds(values, replicates, groups=len(np.unique(blocks[0].groups)),
                                  bounds=bounds or METRICS[metric].bounds)
+    if METRICS[metric].floor is None or bounds: return mean
+    steps = max(0., np.nanmean(replicates) - mean.value)
+    return dataclasses.replace(mean, low=max(0., mean.low - 3 * steps))
 
 
 def _same_samples(blocks):
