@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'STUDIES', 'tuned_rate', 'study_runs', 'unavailable', 'prepare', 'plan', 'run_study', 'main']
 
-# %% ../nbs/70a_studies.ipynb #050f8c7b
+# %% ../nbs/70a_studies.ipynb #3e464a28
 import argparse
 import dataclasses
 import multiprocessing
@@ -13,15 +13,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from .core import DataError, code_hash, data_root, read_json, write_json
-from .data.corpora import MANIFESTS
+from .data.corpora import CORPORA, MANIFESTS
 from .data.sets.sample import SAMPLE_SETS
 from .data.tasks import LEARNING, SUITES, TASKS
 from .experiment import finished, run
 from .methods import find_method
 from .pretraining import Unavailable, image_weights, text_parts
-from .settings import BASELINES, Run, make_run, overrides, packed, pair_part, run_id, set_corpus
+from .settings import BASELINES, Run, _corpora, make_run, overrides, packed, pair_part, run_id, set_corpus
 
-# %% ../nbs/70a_studies.ipynb #b22ea857
+# %% ../nbs/70a_studies.ipynb #d61bb020
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -37,9 +37,17 @@ _REAL = {'data': 'sample', 'stream': False, 'epochs': 8, 'image_size': 64, 'chan
          'tasks': SUITES['real']}
 _LARGER = {'image_size': 224, 'image_tower': 'vit_small_patch16_224', 'stream': False, 'train_pairs': 10_000, 'batch_size': 128,
            'precision': 'bf16', 'epochs': 12, 'draws': 10}
-_WIRING = _SMOKE | {'modality': 'mixed', 'channels': 3, 'tasks': tuple(o for o in SUITES['benchmark25'] if not o.endswith('/vqa'))}
+_WIRING = _SMOKE | {'modality': 'mixed', 'channels': 3, 'tasks': SUITES['benchmark25']}
 _LARGE = {'image_size': 224, 'image_tower': 'vit_small_patch16_224', 'text_tower': 'minilm', 'batch_size': 256,
           'precision': 'bf16', 'dim': 256, 'lr': 5e-4}
+
+_APPROACHES = ('clip', 'lock_image', 'lock_text', 'flip', 'uni_image', 'uni_masked', 'coca', 'filip') # of the benchmark, trained alike
+_TWINS = {'modality': 'mixed', 'channels': 3, 'train_pairs': 3000, 'valid_pairs': 256, 'epochs': 4, 'draws': 3}
+_CORPORA = _LARGE | {'data': 'pmc_oa+quilt_1m+mimic_cxr_all+roco', 'stream': False, 'channels': 3, 'augmentation': 'crop', 'epochs': 20,
+                     'image_tower': 'vit_base_patch16_clip_224.openai', 'image_init': 'hub', 'dim': 512, 'batch_size': 512, 'accumulation': 4,
+                     'lr': 5e-5, 'warmup': 0.0, 'workers': 8}
+_TRUTHS = {'train_pairs': 2000, 'test_pairs': 500, 'draws': 1, 'tasks': (
+    'phantom/vqa', 'phantom/segmentation_linear', 'phantom/segmentation_frozen', 'phantom/detection_frozen', 'phantom/detection_finetuned')}
 
 _QUESTIONS = {
     'unimodal': ('clip', 'uni_image', 'uni_masked', 'slip', 'declip', 'uni_image_shifted', 'uni_masked_unmasked'),
@@ -88,6 +96,11 @@ STUDIES = {
     'gpu': lambda: _grid(_EIGHT, 3, **_LARGE, train_pairs=50_000, epochs=20, workers=8),
     'full': lambda: _grid(_EIGHT, 5, **_LARGE, train_pairs=200_000, epochs=30, workers=8),
     'real': lambda: _grid(_FOUR, 2, **_REAL),
+    'benchmark': lambda: _grid(_APPROACHES, 3, **_TWINS, tasks=SUITES['benchmark25']),
+    'benchmark_full': lambda: _grid(_APPROACHES, 3, **_CORPORA, tasks=SUITES['benchmark25']),
+    'suites': lambda: [make_run(_TWINS, method='clip', tasks=tuple(dict.fromkeys(
+        [o for name in ('benchmark25', 'localized18', 'fewshot') for o in SUITES[name]])))],
+    'truths': lambda: [make_run(_TRUTHS, method=o) for o in ('random_init', 'clip')],
     'twins': lambda: [make_run(_WIRING, method=o) for o in ('shortcuts', 'clip')],
     'ablations/tuning': lambda: _tuning(_QUESTIONS['unimodal'] + _QUESTIONS['granularity']),
     'ablations/transfer': lambda: _transfer(),
@@ -108,6 +121,7 @@ def _needed(run):
     "List what has to lie below the data root for a run."
     folders = [(TASKS | SAMPLE_SETS)[o].folder for o in run.sets] + ['pretrain_pairs.jsonl'] * (run.data == 'sample')
     if Path(run.data).suffix in MANIFESTS: folders.append(run.data)
+    elif run.data not in ('phantom', 'sample') and not run.sharded: folders += [CORPORA[o].folder for o in _corpora(run.data)[0] if o in CORPORA]
     return [data_root()/o for o in folders] if folders or not (run.data == 'phantom' or run.sharded) else []
 
 
