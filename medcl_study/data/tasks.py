@@ -38,11 +38,11 @@ def find_task(
     near = difflib.get_close_matches(name, TASKS, n=1)
     raise DataError(f'no task {name!r}', remedy=(f'Perhaps {near[0]!r} is meant. ' if near else '') + f'Known are {", ".join(TASKS)}.')
 
-# %% ../../nbs/19c_tasks.ipynb #dca5a1d6
+# %% ../../nbs/19c_tasks.ipynb #f4761c88
 PROTOCOLS = { # name → kinds of sets that it scores
     'zeroshot': CLASSIFICATION, 'probe': CLASSIFICATION, 'probe_released': CLASSIFICATION, 'knn': CLASSIFICATION,
     'finetuned': CLASSIFICATION, 'robustness': CLASSIFICATION,
-    'retrieval': ('retrieval',), 'vqa': ('vqa',), 'grounding': ('localized',),
+    'retrieval': ('retrieval',), 'caption_changes': ('retrieval',), 'vqa': ('vqa',), 'grounding': ('localized',),
     'segmentation_linear': ('localized',), 'segmentation_frozen': ('localized',), 'segmentation_finetuned': ('localized',),
     'detection_frozen': ('localized',), 'detection_finetuned': ('localized',),
 }
