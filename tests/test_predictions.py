@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import sklearn.metrics as oracle
 
 from medcl_study.core import DataError, OutputError
-from medcl_study.predictions import (COLUMNS, Task, check_predictions, compare, concat_predictions, mean_over_runs,
+from medcl_study.predictions import (COLUMNS, LARGEST, Task, check_predictions, compare, concat_predictions, mean_over_runs,
                                      measure, metrics_of, prediction_rows, read_predictions, score, stacked, tasks_of,
-                                     write_predictions)
+                                     gather_predictions, write_predictions, write_study_predictions)
 
 BINARY = Task('opacity', 'binary', ('normal', 'pneumonia'), modality='chest', citation='Doe et al.')
 MULTI = Task('organs', 'multiclass', ('liver', 'lung', 'spleen'), prompt_set='ours', family='ct')
@@ -345,3 +346,102 @@ def test_a_task_names_a_metric_of_its_kind():
     assert Task('a', 'segmentation', ('x',), metric='iou').metric == 'iou'
     for kind, metric in (('segmentation', 'auroc'), ('binary', 'no such')):
         with pytest.raises(ValueError, match='is no metric of a'): Task('a', kind, ('x', 'y'), metric=metric)
+
+
+# ---- a study's files
+
+def by_key(frame): return frame.sort_values(['task', 'run', 'protocol', 'prompt_set', 'draw', 'id'], ignore_index=True)
+
+
+def same(a, b):
+    pd.testing.assert_frame_equal(by_key(a), by_key(b), check_dtype=False)
+    assert a.attrs == b.attrs
+
+
+def test_gathering_merges_runs_into_a_file_per_task_and_can_be_repeated(tmp_path):
+    for i in range(3): write_predictions(tmp_path/f'run{i}.parquet', everything(f'run{i}'))
+    write_predictions(tmp_path/'older'/'boxes.parquet', local_rows(BOXES, 'run0'))
+    before = read_predictions(tmp_path)
+    assert [o.name for o in gather_predictions(tmp_path)] == [f'{o}.parquet' for o in ('boxes', 'findings', 'opacity', 'organs', 'pairs')]
+    assert not list(tmp_path.glob('run*')) and not list((tmp_path/'older').iterdir())
+    same(read_predictions(tmp_path), before)
+    again = {o.name: o.read_bytes() for o in tmp_path.glob('*.parquet')}
+    gather_predictions(tmp_path)
+    assert {o.name: o.read_bytes() for o in tmp_path.glob('*.parquet')} == again
+    assert set(read_predictions(tmp_path/'findings.parquet')['run']) == {'run0', 'run1', 'run2'}
+
+
+def test_a_run_made_again_replaces_its_rows(tmp_path):
+    for run in ('r1', 'r2'): write_predictions(tmp_path/f'{run}.parquet', rows(LABELS, run))
+    gather_predictions(tmp_path)
+    newer = concat_predictions([rows(LABELS, 'r2', gain=3.), rows(LABELS, 'r3')])
+    write_predictions(tmp_path/'r2.parquet', newer)
+    gather_predictions(tmp_path)
+    same(read_predictions(tmp_path), concat_predictions([rows(LABELS, 'r1'), newer]))
+
+
+def test_files_stay_small_and_come_back_whole(tmp_path):
+    wide = Task('wide', 'multilabel', tuple('abcdefghijklmn'))
+    frame = concat_predictions([rows(wide, f'run{i}', 'probe', n=2000, draw=d) for i in range(8) for d in range(5)])
+    files = write_study_predictions(tmp_path, frame)
+    assert len(files) > 1 and all(o.stat().st_size <= LARGEST for o in files)
+    assert [set(read_predictions(o)['draw']) for o in files] == [{0, 1}, {2}, {3, 4}]
+    same(read_predictions(tmp_path), frame)
+    less = frame[frame['draw'] == 0]; less.attrs = frame.attrs
+    assert [o.name for o in write_study_predictions(tmp_path, less)] == ['wide.parquet']
+    assert [o.name for o in tmp_path.rglob('*.parquet')] == ['wide.parquet']
+    one = rows(wide, n=50)
+    assert len(write_study_predictions(tmp_path/'tiny', one, largest=3500)) > 1  # one model, cut between samples
+    same(read_predictions(tmp_path/'tiny'), one)
+
+
+def test_names_that_begin_alike_are_kept_apart(tmp_path):
+    longer = Task('organs.1', 'multiclass', ('liver', 'lung', 'spleen'))
+    write_study_predictions(tmp_path, concat_predictions([rows(longer), rows(LABELS)]))
+    write_study_predictions(tmp_path, rows(MULTI))
+    assert {o.name for o in tmp_path.iterdir()} == {'organs.parquet', 'organs.1.parquet', 'findings.parquet'}
+
+
+def test_an_empty_folder_and_doubled_rows_are_refused(tmp_path):
+    for f in (read_predictions, gather_predictions):
+        with pytest.raises(DataError, match='no predictions'): f(tmp_path)
+    for name in 'ab': write_predictions(tmp_path/f'{name}.parquet', rows(MULTI))
+    for f in (read_predictions, gather_predictions):
+        with pytest.raises(DataError, match='a second row for the same sample'): f(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---- what is refused when two tables are held against each other
+
+def test_tables_of_two_tasks_or_with_missing_or_doubled_rows_are_not_compared():
+    a, b = rows(LABELS, 'a'), rows(LABELS, 'b')
+    other = prediction_rows(Task('others', 'multilabel', ('nodule', 'effusion', 'edema')), b['id'], stacked(b['target']),
+                            stacked(b['scores']), protocol='zeroshot', groups=b['group'])
+    twice = pd.concat([b, b[3:4]], ignore_index=True); twice.attrs = b.attrs
+    nan = setting('scores', 7, np.array([1, np.nan, 0], np.float32))(b)
+    for f in (compare, lambda *o: mean_over_runs(o), lambda one, two: mean_over_runs([one], minus=[two])):
+        with pytest.raises(DataError, match="task 'findings' is held against 'others'"): f(a, other)
+        with pytest.raises(DataError, match="1 samples are in only one of two tables"): f(a, b[:-1])
+        with pytest.raises(DataError, match="row 121: a second row for the same sample .*'findings-0003'"): f(a, twice)
+        with pytest.raises(ValueError, match='NaN or infinite, first in row 8'): f(a, nan)
+    with pytest.raises(DataError, match='a second row'): measure(twice)
+    with pytest.raises(DataError, match='row 8: a score is NaN'): score(nan)
+
+
+def test_draws_average_with_both_spreads_and_must_hold_the_same_samples(capfd):
+    frames = [rows(MULTI, protocol='fewshot', draw=d, gain=1 + .3 * d) for d in range(5)]
+    entry = score(concat_predictions(frames))['organs/fewshot/macro_auroc']
+    assert entry['draws'] == 5 and entry['sampling_sd'] > 0 and entry['draw_sd'] > 0
+    assert entry['value'] == pytest.approx(np.mean([measure(o).value for o in frames]))
+    few = score(concat_predictions([local_rows(BOXES, draw=d) for d in range(3)]), resamples=200)
+    assert few['boxes/probe/map']['draws'] == 3 and few['boxes/probe/map']['draw_sd'] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(DataError, match='1 samples are in only one'): score(concat_predictions([frames[0], frames[1][:-1]]))
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.slow
+def test_thousand_images_of_boxes_or_masks_are_scored_in_seconds():
+    for task in (BOXES, REGIONS):
+        start = time.perf_counter()
+        measure(local_rows(task, n=1000))
+        assert time.perf_counter() - start < 20, 'matching and counting should not be repeated per resample'
