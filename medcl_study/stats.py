@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Resamples', 'resample', 'replicate', 'acceleration', 'standard_error', 'percentile_interval', 'bca_interval',
-           'wilson_interval', 't_interval', 'Estimate', 'estimate', 'paired_difference', 'SeedMean', 'seed_variance',
-           'mean_over_seeds', 'critical_difference', 'holm']
+           'wilson_interval', 't_interval', 'squares_interval', 'Estimate', 'estimate', 'paired_difference', 'SeedMean',
+           'seed_variance', 'mean_over_seeds', 'critical_difference', 'holm']
 
 # %% ../nbs/51_stats.ipynb #3f538720
 from collections.abc import Callable
@@ -183,14 +183,27 @@ def t_interval(
     half = half / (value * (1 - value))
     return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
-# %% ../nbs/51_stats.ipynb #f29fe973
+# %% ../nbs/51_stats.ipynb #74598431
+def squares_interval(
+    value: float, # of a statistic that is never negative and too large on average
+    replicates, # (b,)
+    freedom: float = np.inf, # degrees of freedom of their spread
+    *,
+    level: float = .95,
+) -> tuple[float, float]:
+    "Correct the square of a distance for its bias, and take the root of its t interval."
+    squares = np.asarray(replicates)**2
+    centre, half = 2 * value**2 - squares.mean(), _quantiles(level, freedom)[1] * squares.std()
+    return float(max(0., centre - half)**.5), float(max(0., centre + half)**.5)
+
+# %% ../nbs/51_stats.ipynb #6ccd7628
 @dataclass(frozen=True)
 class Estimate:
     "A value, its 95 % interval, what that rests on, and what to keep in mind."
     value: float
     low: float
     high: float
-    method: str # 'bca', 't', 'percentile' or 'wilson'
+    method: str # 'bca', 't', 'squares', 'percentile' or 'wilson'
     n: int # samples
     groups: int # independent groups
     cautions: tuple[str, ...] = ()
@@ -206,6 +219,7 @@ def estimate(
     share: bool = False, # the statistic is a proportion of samples
     trials: int | None = None, # groups of the scarcest class, for a statistic within 0 and 1
     smooth: bool = True, # False for medians and the like: no BCa
+    distance: bool = False, # of something from its ideal, so that noise makes it larger: calibration errors
     level: float = .95,
 ) -> Estimate:
     "Compute a statistic with its interval, by the rules above; raises ValueError where it is undefined."
@@ -214,11 +228,13 @@ def estimate(
     error, freedom, skew = standard_error(statistic, resamples, usable, smooth=smooth)
     size = _effective_size(value, usable, n, groups)
     if share and size * min(value, 1 - value) < 10: interval, method = wilson_interval(value, size, level=level), 'wilson'
+    elif distance and value > 0: interval, method = squares_interval(value, usable, freedom, level=level), 'squares'
     elif trials and value in (0, 1): interval, method = wilson_interval(value, trials, level=level), 'wilson'
     elif (share or trials) and smooth and 0 < value < 1 and error > 0:
         interval, method = t_interval(_unbiased(value, usable, error), error, freedom, level=level, odds=True), 't'
     else: interval, method = _quantile_interval(value, usable, error, freedom, skew, smooth, level)
     notes = _cautions(groups, trials, 1 - len(usable) / len(replicates))
+    if method == 'squares' and interval[0] == 0: notes += ('cannot be told from 0: noise alone makes it as large',)
     return Estimate(value, *interval, method, n, groups, notes, replicates, error, freedom)
 
 
