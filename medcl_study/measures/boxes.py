@@ -59,7 +59,7 @@ def match_boxes(
         free[each, best] &= ~hit[:, i]
     return hit
 
-# %% ../../nbs/50c_boxes.ipynb #22d32ac7
+# %% ../../nbs/50c_boxes.ipynb #54986b9d
 MAP_AT, COCO_AT, AP50_AT = np.linspace(.40, .75, 8), np.linspace(.50, .95, 10), np.array([.50])
 _RECALLS = np.linspace(0, 1, 101)
 
@@ -98,14 +98,21 @@ def _ap_of_class(boxes, row, truth, truth_row, n, thresholds):
     level = np.searchsorted(levels, -boxes[:, 0])  # boxes below the last level do not matter
     counted, shape = level < len(levels), (n, len(levels))
     boxes_at = tally(row[counted], level[counted], shape)
-    hits_at = [tally(row[o], level[o], shape) for o in hits]
+    own = [np.unique(level[o]) for o in hits]  # a threshold's recall changes at levels of its own hits only
+    hits_at = [tally(row[o], np.searchsorted(k, level[o]), (n, len(k))) for o, k in zip(hits, own)]
     per_image = np.bincount(truth_row, minlength=n).astype(np.float64)
 
     def value(w):
         seen, total = np.cumsum(weighted_sum(w, boxes_at), -1), w @ per_image
-        areas = [_area(np.cumsum(weighted_sum(w, o), -1), seen, total) for o in hits_at]
+        areas = [_area(np.cumsum(weighted_sum(w, o), -1), seen[:, k], total) for o, k in zip(hits_at, own)]
         return np.where(total > 0, np.mean(areas, 0), np.nan)
-    return value
+    return lambda w: _in_blocks(value, w)
+
+
+def _in_blocks(value, w, size=64):
+    "Call `value` with so many resamples at a time that its arrays stay in the cache."
+    if w.ndim == 1: return value(w[None])[0]
+    return np.concatenate([value(w[i:i + size]) for i in range(0, len(w), size)])
 
 
 def _hits(boxes, row, truth, truth_row, thresholds):
@@ -120,11 +127,12 @@ def _hits(boxes, row, truth, truth_row, thresholds):
 
 
 def _area(hits, seen, total):
-    "Average the best precision at or beyond each of 101 recalls; hits, seen (…, levels), total (…)."
-    precision, recall = (np.nan_to_num(ratio(hits, o)) for o in (seen, np.asarray(total)[..., None]))
-    best = np.maximum.accumulate(precision[..., ::-1], -1)[..., ::-1]
-    reached = np.searchsorted(_RECALLS, recall, 'right')
-    return (np.diff(reached, axis=-1, prepend=0) * best).sum(-1) / len(_RECALLS)
+    "Average the best precision at or beyond each of 101 recalls; hits, seen (b, levels), total (b,)."
+    precision = hits / np.maximum(seen, np.finfo(float).tiny)
+    best = np.zeros((len(hits), hits.shape[1] + 1))  # beyond the last level nothing is found
+    best[:, :-1] = np.maximum.accumulate(precision[:, ::-1], -1)[:, ::-1]
+    recall = hits / np.maximum(total, np.finfo(float).tiny)[:, None]
+    return np.take_along_axis(best, np.stack([np.searchsorted(o, _RECALLS) for o in recall]), 1).mean(1)
 
 # %% ../../nbs/50c_boxes.ipynb #b490d854
 FROC_AT = (.125, .25, .5, 1, 2, 4, 8) # false positives per image
