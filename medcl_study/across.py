@@ -181,7 +181,7 @@ def equivalences(
         rows.append(dict(first=first, second=second) | dict(zip(('better', 'equivalent', 'worse'), three)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51b_across.ipynb #b0f0a4e3
+# %% ../nbs/51b_across.ipynb #3182b5e7
 @dataclass(frozen=True)
 class Benchmark:
     "Every training of every method on every task; larger is better."
@@ -216,32 +216,32 @@ def benchmark(
 ) -> Benchmark:
     "Collect the trainings of all methods; raises `DataError` for a cell that is missing, uneven or not finite."
     tasks, methods = (tuple(dict.fromkeys(table[o])) for o in ('task', 'method'))
-    sign = pd.Series({o: -1. if o in smaller_is_better else 1. for o in tasks})
+    sign = {o: -1. if o in smaller_is_better else 1. for o in tasks}
     families = {o: o for o in tasks} | (families or {})
     _one_direction(families, smaller_is_better, tasks)
-    cells = {key: part for key, part in table.groupby(['task', 'method'], sort=False)}
-    values, replicates, several = {}, {}, 'replicates' in table
+    cells, several = {}, 'replicates' in table
+    for r in table.to_dict('records'): cells.setdefault((r['task'], r['method']), []).append(r)
+    values, replicates = {}, {}
     for m in methods:
         column = [_cell(cells, task, m) for task in tasks]
-        sizes = {len(o) for o in column}
-        if len(sizes) > 1:
-            least, most = (f(zip(map(len, column), tasks)) for f in (min, max))
+        least, most = (f(zip(map(len, column), tasks)) for f in (min, max))
+        if least[0] < most[0]:
             raise DataError(f'method {m!r} has {least[0]} trainings on {least[1]!r} and {most[0]} on {most[1]!r}',
                             remedy='Finish the missing ones, or average over trainings first.')
-        values[m] = np.stack([sign[t] * o['value'].to_numpy(float) for t, o in zip(tasks, column)], 1)
-        if several: replicates[m] = np.stack([sign[t] * np.stack([_filled(r) for r in o['replicates']])
-                                              for t, o in zip(tasks, column)], 1)
+        values[m] = np.array([[sign[t] * r['value'] for r in rows] for t, rows in zip(tasks, column)]).T
+        if several: replicates[m] = np.stack([sign[t] * np.stack([_filled(r['replicates']) for r in rows])
+                                              for t, rows in zip(tasks, column)], 1)
     return Benchmark(tasks, tuple(families[o] for o in tasks), values, replicates if several else None)
 
 
 def _cell(cells, task, method):
     "Select the trainings of one method on one task, by seed."
-    if (task, method) not in cells: raise DataError(f'method {method!r} has no value on {task!r}', remedy='Run it there, '
-                                                    'or leave the method or the task out of the whole comparison.')
-    part = cells[task, method]
-    if not np.isfinite(part['value'].to_numpy(float)).all():
+    rows = cells.get((task, method))
+    if not rows: raise DataError(f'method {method!r} has no value on {task!r}', remedy='Run it there, '
+                                 'or leave the method or the task out of the whole comparison.')
+    if not np.isfinite([r['value'] for r in rows]).all():
         raise DataError(f'method {method!r} has a value on {task!r} that is NaN or infinite')
-    return part.sort_values('seed', kind='stable') if 'seed' in part else part
+    return sorted(rows, key=lambda r: r.get('seed', 0))
 
 
 def _one_direction(families, smaller, tasks):
@@ -254,8 +254,8 @@ def _one_direction(families, smaller, tasks):
 
 def _filled(replicates):
     "Draw again where a resample is undefined: take the nearest one before it."
-    r = pd.Series(np.asarray(replicates, float))
-    return r.where(np.isfinite(r)).ffill().bfill().to_numpy()
+    r = np.asarray(replicates, float)
+    return r if np.isfinite(r).all() else pd.Series(r).where(np.isfinite(r)).ffill().bfill().to_numpy()
 
 # %% ../nbs/51b_across.ipynb #25d00397
 def interquartile_mean(

@@ -49,7 +49,7 @@ LAYERS = {
     'speed': ['core', 'embeddings', 'data', 'encoders', 'losses', 'methods'],
     'report': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections', 'benchmark_sections'],
     'comparison_figures': ['figures'],
-    'benchmark_sections': ['core', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections', 'significance', 'across',
+    'benchmark_sections': ['core', 'measures', 'metrics', 'stats', 'predictions', 'results', 'pages', 'figures', 'sections', 'significance', 'across',
                            'comparison_figures'],
     'settings': ['core', 'data', 'methods', 'predictions'],
     'pretraining': ['core', 'embeddings', 'data', 'encoders', 'losses', 'methods', 'trainer', 'loggers', 'pretext', 'settings'],
