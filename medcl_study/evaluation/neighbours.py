@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'TIE', 'KNN', 'neighbour_shares', 'nearest_neighbours']
 
-# %% ../../nbs/62a_neighbours.ipynb #b6e1a6f0
+# %% ../../nbs/62a_neighbours.ipynb #6241d4c4
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
@@ -14,10 +14,11 @@ from scipy.special import log_expit, logit
 from ..core import DataError
 from ..data.budgets import DRAWS
 from .features import unit
+from .logistic import check_finite
 from .probe import Recipe, read_features
 from ..predictions import Task
 
-# %% ../../nbs/62a_neighbours.ipynb #43b91a81
+# %% ../../nbs/62a_neighbours.ipynb #c4a8c283
 NEIGHBOURS = (1, 5, 20, 50, 100, 200)
 TIE = 1e-6 # cosines closer than this are equal
 
@@ -32,12 +33,8 @@ def neighbour_shares(
     chunk: int = 256, # queries compared at once
 ) -> np.ndarray: # (len(neighbours), m, classes): which part of the votes says that a class holds
     "Let the nearest training rows vote; raises `DataError` for an empty training set or a feature that is not finite."
-    x, queries, y = unit(x), unit(queries), np.asarray(y, np.float64)
+    x, queries, y = unit(check_finite(x)), unit(check_finite(queries, 'a query feature')), np.asarray(y, np.float64)
     if not len(x): raise DataError('no training row has neighbours to give')
-    for name, o in (('training', x), ('query', queries)):
-        bad = ~np.isfinite(o).all(1)
-        if bad.any(): raise DataError(f'a {name} feature is NaN or infinite', row=int(np.flatnonzero(bad)[0]) + 1,
-                                      remedy='Look at the encoder that made it.')
     blocks = (queries[o:o + chunk] @ x.T for o in range(0, len(queries), chunk))
     return np.concatenate([_shares(o, y, [min(k, len(y)) for k in neighbours], temperature) for o in blocks], 1)
 

@@ -6,7 +6,7 @@
 __all__ = ['PENALTIES', 'RELEASED', 'PROBES', 'Probe', 'fit_probes', 'fit_probe', 'Rows', 'probe_rows', 'Recipe',
            'probe_predictions', 'read_features', 'linear_probes', 'linear_probe']
 
-# %% ../../nbs/62_probe.ipynb #5ba9baff
+# %% ../../nbs/62_probe.ipynb #063d75d8
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ..core import DataError, seed_from
 from ..data.budgets import DRAWS, budget_rows, protocol_name
 from ..data.pairs import Corpus, split_groups
 from .features import as_store, check_length, labelled, sample_groups, unit
-from .logistic import Axes, logistic_path
+from .logistic import Axes, check_finite, logistic_path
 from ..predictions import Task, concat_predictions, prediction_rows
 
 # %% ../../nbs/62_probe.ipynb #e92b846f
@@ -86,7 +86,7 @@ class Probe:
         if self.exclusive: return float(-z[np.arange(len(y)), y].mean())
         return float(-log_expit(np.where(y, z, -z)).sum(1).mean())
 
-# %% ../../nbs/62_probe.ipynb #bf133b5c
+# %% ../../nbs/62_probe.ipynb #555f2817
 class _Walk:
     "What a task has seen of the path so far."
     def __init__(self): self.best, self.path = None, []
@@ -109,10 +109,10 @@ def fit_probes(
     penalties=PENALTIES, # from strong to weak
 ) -> list[Probe]:
     "Fit a probe for each task and choose its own penalty on the validation rows; raises `DataError` if only one class occurs."
-    ys = [np.asarray(y) for y in ys]
+    x, x_valid, ys = check_finite(x), check_finite(x_valid, 'a validation feature'), [np.asarray(y) for y in ys]
     if any(y.ndim == 1 and len(np.unique(y)) < 2 for y in ys): raise DataError(
         f'all {len(x)} training rows are of one class', remedy='A probe needs two; use more training rows.')
-    scale, fitted, walks = _Scale.of(np.asarray(x, np.float64)), [_fitted(y) for y in ys], [_Walk() for _ in ys]
+    scale, fitted, walks = _Scale.of(x), [_fitted(y) for y in ys], [_Walk() for _ in ys]
     axes = Axes.of(scale(x))
     columns = [i for i, y in enumerate(fitted) if y.ndim == 2]
     for members in [[i] for i in range(len(ys)) if i not in columns] + [columns] * bool(columns):
