@@ -40,7 +40,7 @@ LAYERS = {
     'significance': ['stats'],
     'across': ['core', 'metrics', 'stats', 'predictions'],
     'predictions': ['core', 'metrics', 'stats'],
-    'evaluation': ['core', 'embeddings', 'data', 'encoders', 'metrics', 'stats', 'predictions', 'evaluation'],
+    'evaluation': ['core', 'embeddings', 'data', 'encoders', 'losses', 'measures', 'metrics', 'stats', 'predictions', 'evaluation'],
     'results': ['core', 'metrics', 'stats', 'predictions'],
     'pages': ['core'],
     'figures': [],

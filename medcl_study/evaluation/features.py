@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'SCORERS', 'pixel_reader', 'encoder_hash', 'FeatureStore', 'take', 'as_store', 'Scorer', 'unit',
-           'find_scorer', 'check_length', 'scorer_features', 'labelled', 'sample_groups']
+           'find_scorer', 'check_length', 'scorer_features', 'labelled', 'patch_grid', 'sample_groups']
 
-# %% ../../nbs/60_features.ipynb #ee0c040d
+# %% ../../nbs/60_features.ipynb #785fcb1b
 import contextlib
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ def scorer_features(
     store = as_store(encoder)
     return store.images(source, {*OUTPUTS, *scorer.image}), store.texts(texts, {*OUTPUTS, *scorer.text})
 
-# %% ../../nbs/60_features.ipynb #c8af4909
+# %% ../../nbs/60_features.ipynb #f9be1d50
 def labelled(
     corpus, # has classes, targets() and frame
     task, # binary, multiclass or multilabel Task; its classes are looked up by name
@@ -288,6 +289,17 @@ def labelled(
         f'({len(wrong)} such rows)', file=corpus.name, row=corpus.frame['id'].iloc[rows[wrong[0]]],
         remedy='Leave such rows out with corpus.select, or make the task multi-label.')
     return rows, targets.argmax(1)
+
+
+def patch_grid(
+    encoder,
+    patches: int, # of an image
+) -> tuple[int, int]: # rows, columns
+    "Return how patches lie in the image: as the image tower says, else in a square; raises `DataError`."
+    grid = getattr(getattr(encoder, 'image', None), 'patch_grid', None) or (math.isqrt(patches),) * 2
+    if math.prod(grid) == patches: return tuple(grid)
+    raise DataError(f'{patches} patches do not make {grid[0]} rows of {grid[1]}',
+                    remedy='Give the encoder `image.patch_grid`: rows, columns.')
 
 
 def sample_groups(

@@ -6,7 +6,7 @@
 __all__ = ['FINEST', 'COARSEST', 'LIMIT', 'Maps', 'feature_maps', 'MapStore', 'image_shape', 'placed', 'truth_masks',
            'truth_boxes', 'frame_size']
 
-# %% ../../nbs/60a_maps.ipynb #6f558ffc
+# %% ../../nbs/60a_maps.ipynb #9eefc956
 import copy
 import functools
 from dataclasses import replace
@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from ..core import DataError, read_json
 from ..data.regions import bounds, native_size, read_mask
-from .features import as_store, pixel_reader
-from .grounding import patch_grid
+from .features import as_store, patch_grid, pixel_reader
 
 # %% ../../nbs/60a_maps.ipynb #dd8e1087
 class Maps(nn.Module):
