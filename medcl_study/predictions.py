@@ -27,7 +27,7 @@ from .measures.boxes import PREDICTED_WIDTH, TRUE_WIDTH, stacked_boxes
 from .measures.weights import Undefined, enough_positives, one_hot, tally
 from .metrics import METRICS
 
-# %% ../nbs/52_predictions.ipynb #240bc52c
+# %% ../nbs/52_predictions.ipynb #07bfa076
 KINDS = {'binary': 'auroc', 'multiclass': 'macro_auroc', 'multilabel': 'macro_auroc', 'retrieval': 'recall_at_10',
          'grounding': 'pointing', 'vqa': 'vqa_accuracy', 'segmentation': 'dice', 'detection': 'map'}
 
@@ -37,7 +37,7 @@ class Task:
     "What is predicted, on what, and under which terms; raises ValueError for a definition that contradicts itself."
     name: str # key used in file names, tables, plots and prose; no slash
     kind: str # a key of KINDS, whose value is the default metric
-    classes: tuple[str, ...] = () # in the order of the scores; of a binary task the second is positive; answers of `vqa`
+    classes: tuple[str, ...] = () # in the order of the scores; the second of two is positive; the answers of `vqa`
     metric: str = '' # primary metric; '' = the kind's default
     family: str = '' # tasks that share patients or images; '' = the task is its own family
     modality: str = '' # imaging modality
@@ -165,7 +165,7 @@ def stacked(column) -> np.ndarray: # (n, width) float64
     "Stack a column of equally long lists into a float64 array."
     return np.stack(list(column)).astype(np.float64)
 
-# %% ../nbs/52_predictions.ipynb #795a113b
+# %% ../nbs/52_predictions.ipynb #28e9ded0
 def _labels(target, scores, k):
     top = 1 if target.shape[1] > 1 or k == 1 else k - 1
     return ((target >= 0) & (target <= top)).all(1), f'a target between 0 and {top}'
@@ -188,7 +188,8 @@ def _answers(target, scores, k):
     (true, closed), (said, probability) = target.T, scores.T
     good = (true >= -1) & (true < k) & np.isin(closed, (0, 1)) & np.isin(said, np.arange(k))
     return (good & (probability >= 0) & (probability <= 1),
-            f'an answer between −1 and {k - 1}, closed as 0 or 1, a chosen answer between 0 and {k - 1}, and its probability')
+            f'an answer between −1 and {k - 1}, closed as 0 or 1, a chosen answer between 0 and {k - 1}, '
+            'and its probability')
 
 
 def _masks(target, scores, k):
@@ -196,13 +197,13 @@ def _masks(target, scores, k):
     good = (class_ >= 0) & (class_ < k) & (true >= 0) & (true <= pixels) & (pixels >= 1) & (pixels <= 2**24)
     good &= (common >= np.maximum(0, true + said - pixels)) & (common <= np.minimum(true, said)) & (said <= pixels)
     good &= (common == np.round(common)) & (said == np.round(said)) & (hd95 >= 0) & ((true + said > 0) | (hd95 == 0))
-    return good, (f'a class between 0 and {k - 1}, whole numbers with pixels in common ≤ true and predicted pixels ≤ pixels '
-                  '≤ 16,777,216, and an HD95 ≥ 0 that is 0 where both masks are empty')
+    return good, (f'a class between 0 and {k - 1}, whole numbers with pixels in common ≤ true and predicted pixels '
+                  '≤ pixels ≤ 16,777,216, and an HD95 ≥ 0 that is 0 where both masks are empty')
 
 
 _EXPECTED = {'retrieval': _ranks, 'grounding': _pointing, 'vqa': _answers, 'segmentation': _masks}
 
-# %% ../nbs/52_predictions.ipynb #81fc3d61
+# %% ../nbs/52_predictions.ipynb #e8d15cf7
 def _check_boxes(task, rows, file):
     "Check target and scores of the rows of a detection task."
     k = len(task.classes)
@@ -217,7 +218,8 @@ def _check_boxes(task, rows, file):
         good = np.isin(class_, np.arange(k)) & (corners == np.round(corners)).all(1) & ~empty.any(1)
         good &= (corners >= 0).all(1) & (corners <= FULL).all(1)
         bad = np.isin(np.arange(len(rows)), row[~good])
-        want = f'{name} boxes of a class between 0 and {k - 1} with whole 0 ≤ x0 < x1 ≤ {FULL:,} and 0 ≤ y0 < y1 ≤ {FULL:,}'
+        want = (f'{name} boxes of a class between 0 and {k - 1} with whole 0 ≤ x0 < x1 ≤ {FULL:,} '
+                f'and 0 ≤ y0 < y1 ≤ {FULL:,}')
         if bad.any(): raise _row_error(rows, bad, f'expected {want}', file)
     bad = rows['scores'].map(len).to_numpy() > MOST_BOXES * PREDICTED_WIDTH
     if bad.any(): raise _row_error(rows, bad, f'more than {MOST_BOXES} predicted boxes', file, 'Keep the best ones.')
@@ -337,7 +339,7 @@ def gather_predictions(
     for o in set(loose) - set(written): o.unlink()
     return written
 
-# %% ../nbs/52_predictions.ipynb #e4885a31
+# %% ../nbs/52_predictions.ipynb #56b85c37
 def arrays_of(
     task: Task,
     rows: pd.DataFrame, # predictions of one model and variant
@@ -389,7 +391,8 @@ class _Block:
         several = [o for o in ('run', 'task', 'protocol', 'prompt_set', 'draw') if frame[o].nunique() > 1]
         if several: raise DataError(f'expected predictions of one model and variant, found several {several}',
                                     remedy='Select the rows first.')
-        if (twice := frame['id'].duplicated()).any(): raise _row_error(frame, twice, 'a second row for the same sample', None)
+        twice = frame['id'].duplicated()
+        if twice.any(): raise _row_error(frame, twice, 'a second row for the same sample', None)
         (self.task,), self.ids = tasks_of(frame).values(), np.sort(frame['id'].to_numpy())
         self.frame, self.resamples, self.seed = frame, resamples, seed
         self.scores, self.targets, self.groups = arrays_of(self.task, frame)
@@ -413,20 +416,13 @@ class _Block:
 
     def estimate(self, metric):
         row = METRICS[metric]
-        e = stats.estimate(self.statistic(metric), self.draws, share=row.share, **self.options(metric))
-        return e if row.floor is None else _above_noise(e, row.floor(self.scores, self.targets))
+        e = stats.estimate(self.statistic(metric), self.draws, share=row.share, distance=row.floor is not None,
+                           **self.options(metric))
+        floor = row.floor(self.scores, self.targets) if row.floor else 0
+        if floor <= e.value / 2: return e
+        return dataclasses.replace(e, cautions=e.cautions + (f'noise alone would show {floor:.3f}',))
 
-
-def _above_noise(e, floor):
-    "Move the interval of a value that noise alone makes positive, and say what a perfect model would show."
-    usable = e.replicates[np.isfinite(e.replicates)]
-    low, high = stats.percentile_interval(usable)
-    steps = max(0., usable.mean() - e.value)
-    note = f'noise alone would show {floor:.3f}'
-    return dataclasses.replace(e, low=max(0., low - 4 * steps), high=max(high - steps, e.value), method='percentile',
-                               cautions=e.cautions + (note,) * (floor > e.value / 2))
-
-# %% ../nbs/52_predictions.ipynb #c71df681
+# %% ../nbs/52_predictions.ipynb #cb9b81b0
 def measure(
     frame: pd.DataFrame, # rows of one run, task, protocol, prompt set and draw
     metric: str = '', # key of METRICS; '' = the task's primary one
@@ -491,7 +487,7 @@ def _mean(blocks, values, replicates, metric, bounds=None):
     mean = stats.mean_over_seeds(values, replicates, groups=len(np.unique(blocks[0].groups)),
                                  bounds=bounds or METRICS[metric].bounds)
     if METRICS[metric].floor is None or bounds: return mean
-    steps = max(0., np.nanmean(replicates) - mean.value)
+    steps = max(0., np.nanmean(replicates) - mean.value)  # of pure noise 1/(√2 − 1) < 3 of them lead back to zero
     return dataclasses.replace(mean, low=max(0., mean.low - 3 * steps))
 
 

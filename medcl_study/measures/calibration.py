@@ -67,7 +67,7 @@ def _by_bin(p, happened, w, bins):
     member = one_hot(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], p, 'right'), bins).astype(np.float64)
     return w @ member, (w * p) @ member, (w * happened) @ member
 
-# %% ../../nbs/50d_calibration.ipynb #412c83c9
+# %% ../../nbs/50d_calibration.ipynb #2205af1e
 def ece(
     scores, # as `events` takes them
     targets,
@@ -75,7 +75,7 @@ def ece(
     weights=None, # (n,) or (b, n)
     bins: int = BINS,
 ) -> np.ndarray: # () or (b,)
-    "Measure the expected calibration error; the mean over labels of a multi-label task. Biased upwards: see `ece_floor`."
+    "Measure the expected calibration error, the mean over labels of a multi-label task; biased, see `ece_floor`."
     scores, targets, w = checked(scores, targets, weights)
     gaps = [np.abs(said - seen).sum(-1) for p, o in zip(*(np.transpose(e) for e in events(scores, targets)))
             for _, said, seen in [_by_bin(p, o, w, bins)]]

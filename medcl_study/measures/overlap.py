@@ -11,7 +11,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from .weights import Undefined, checked, mean_present, one_hot, ratio
 
-# %% ../../nbs/50b_overlap.ipynb #690b5dba
+# %% ../../nbs/50b_overlap.ipynb #e8256048
 def overlap_row(
     predicted, # (h, w) bool
     true, # (h, w) bool
@@ -33,7 +33,8 @@ def hausdorff_95(
     if not predicted.any() and not true.any(): return 0.
     if not predicted.any() or not true.any(): return float(np.hypot(*true.shape))
     a, b = (o & ~binary_erosion(o) for o in (predicted, true))
-    return float(max(np.percentile(distance_transform_edt(~there)[here], percentile) for here, there in ((a, b), (b, a))))
+    distances = [distance_transform_edt(~there)[here] for here, there in ((a, b), (b, a))]
+    return float(max(np.percentile(o, percentile) for o in distances))
 
 # %% ../../nbs/50b_overlap.ipynb #ba4ceb7e
 def dice(
