@@ -39,7 +39,7 @@ LAYERS = {
     'stats': [],
     'significance': ['stats'],
     'across': ['core', 'metrics', 'stats', 'predictions'],
-    'predictions': ['core', 'metrics', 'stats'],
+    'predictions': ['core', 'measures', 'metrics', 'stats'],
     'evaluation': ['core', 'embeddings', 'data', 'encoders', 'losses', 'measures', 'metrics', 'stats', 'predictions', 'evaluation'],
     'results': ['core', 'metrics', 'stats', 'predictions'],
     'pages': ['core'],

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BINS', 'class_scores', 'events', 'Reliability', 'reliability', 'ece', 'ece_floor', 'brier']
 
-# %% ../../nbs/50d_calibration.ipynb #f175d50d
+# %% ../../nbs/50d_calibration.ipynb #2f8f7242
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit, softmax
 
-from .weights import checked, one_hot, ratio
+from .weights import checked, one_hot, ratio, tally, weighted_sum
 
 # %% ../../nbs/50d_calibration.ipynb #ffc6f19f
 def class_scores(
@@ -36,7 +36,7 @@ def events(
     decision = scores.argmax(1)[:, None]
     return softmax(scores, 1).max(1)[:, None], np.take_along_axis(truth, decision, 1)
 
-# %% ../../nbs/50d_calibration.ipynb #ccf83bcf
+# %% ../../nbs/50d_calibration.ipynb #80360deb
 BINS = 15 # of equal width
 
 
@@ -57,17 +57,16 @@ def reliability(
 ) -> Reliability: # labels of a multi-label task pooled
     "Compute a reliability diagram."
     scores, targets, w = checked(scores, targets, weights)
-    tables = [_by_bin(p, o, w, bins) for p, o in zip(*(np.transpose(e) for e in events(scores, targets)))]
-    count, said, seen = (sum(o) for o in zip(*tables))
+    p, happened = events(scores, targets)
+    row, column = np.repeat(np.arange(len(p)), p.shape[1]), _bin(p, bins).ravel()
+    count, said, seen = (weighted_sum(w, tally(row, column, (len(p), bins), values=o))
+                         for o in (1., p.ravel(), happened.ravel()))
     return Reliability(count, ratio(said, count), ratio(seen, count))
 
 
-def _by_bin(p, happened, w, bins):
-    "Sum weights, probabilities and events in each bin: three (…, bins)."
-    member = one_hot(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], p, 'right'), bins).astype(np.float64)
-    return w @ member, (w * p) @ member, (w * happened) @ member
+def _bin(p, bins): return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], p, 'right')
 
-# %% ../../nbs/50d_calibration.ipynb #2205af1e
+# %% ../../nbs/50d_calibration.ipynb #6684e723
 def ece(
     scores, # as `events` takes them
     targets,
@@ -77,9 +76,10 @@ def ece(
 ) -> np.ndarray: # () or (b,)
     "Measure the expected calibration error, the mean over labels of a multi-label task; biased, see `ece_floor`."
     scores, targets, w = checked(scores, targets, weights)
-    gaps = [np.abs(said - seen).sum(-1) for p, o in zip(*(np.transpose(e) for e in events(scores, targets)))
-            for _, said, seen in [_by_bin(p, o, w, bins)]]
-    return np.mean(gaps, 0) / w.sum(-1)
+    p, happened = events(scores, targets)
+    (n, m), column = p.shape, _bin(p, bins) + bins * np.arange(p.shape[1])  # every label has bins of its own
+    gaps = tally(np.repeat(np.arange(n), m), column.ravel(), (n, bins * m), values=(p - happened).ravel())
+    return np.abs(weighted_sum(w, gaps)).sum(-1) / m / w.sum(-1)
 
 
 def ece_floor(
@@ -90,7 +90,7 @@ def ece_floor(
 ) -> float:
     "Return about what `ece` a perfectly calibrated model would show with these probabilities of independent cases."
     p = events(scores, targets)[0]
-    spread = [_by_bin(o, o, 1 - o, bins)[1] for o in p.T]
+    spread = [np.bincount(_bin(o, bins), o * (1 - o), bins) for o in p.T]
     return float(np.sqrt(2 / np.pi * np.array(spread)).sum() / p.size)
 
 # %% ../../nbs/50d_calibration.ipynb #6e9a0ea1

@@ -90,14 +90,17 @@ def mean_present(
     present = ~np.isnan(values)
     return ratio(np.where(present, values, 0).sum(-1), present.sum(-1).astype(np.float64))
 
-# %% ../../nbs/50a_weights.ipynb #91870e88
+# %% ../../nbs/50a_weights.ipynb #46b27e24
 def tally(
     rows, # (events,) index of the sample an event belongs to
     columns, # (events,) what it counts for
     shape: tuple[int, int], # samples, columns
+    *,
+    values=1., # (events,) what each adds
 ):
-    "Count events per sample and column, as a sparse matrix (samples, columns)."
-    return sparse.csr_array((np.ones(len(rows)), (np.asarray(rows, int), np.asarray(columns, int))), shape)
+    "Add up events per sample and column, as a sparse matrix (samples, columns)."
+    values = np.broadcast_to(np.asarray(values, np.float64), len(rows))
+    return sparse.csr_array((values, (np.asarray(rows, int), np.asarray(columns, int))), shape)
 
 
 def weighted_sum(
