@@ -6,10 +6,12 @@ import sys
 import numpy as np
 import pytest
 import sklearn.metrics as oracle
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-from medcl_study.metrics import (METRICS, accuracy, auprc, auroc, balanced_accuracy, chance_recall, class_auroc,
+from medcl_study.metrics import (METRICS, Undefined, accuracy, auprc, auroc, balanced_accuracy, chance_recall, class_auroc,
                                  enough_positives, macro_auprc, macro_auroc, macro_f1, median_rank, one_hot, recall_at_k)
 
 
@@ -98,6 +100,40 @@ def test_order_of_samples_and_monotone_maps_do_not_matter(seed):
         assert macro_auroc(f(x), y) == macro_auroc(x, y)
         assert macro_auprc(f(x), y) == macro_auprc(x, y)
         assert accuracy(f(x), y) == accuracy(x, y)
+
+
+@pytest.mark.parametrize('case', ['constant scores', 'a class absent', 'single sample', 'ties', 'one right answer'])
+def test_odd_cases_equal_scikit_learn(case):
+    x, y, _ = multiclass(3, ties=case == 'ties')
+    if case == 'constant scores': x = np.tile(x[:1], (len(x), 1))
+    if case == 'a class absent': y = np.where(y == 3, 0, y)
+    if case == 'single sample': x, y = x[:1], y[:1]
+    if case == 'one right answer': x = -np.eye(4)[y]; x[7] *= -1
+    said, present = x.argmax(1), np.unique(y)
+    assert accuracy(x, y) == pytest.approx(oracle.accuracy_score(y, said), abs=1e-12)
+    if case == 'single sample':
+        for metric in (balanced_accuracy, macro_f1, macro_auroc, macro_auprc):
+            with pytest.raises(Undefined, match='n = 1'): metric(x, y)
+        return
+    assert balanced_accuracy(x, y) == pytest.approx(oracle.balanced_accuracy_score(y, said), abs=1e-12)
+    f1 = oracle.f1_score(y, said, average=None, labels=present, zero_division=0)
+    assert macro_f1(x, y) == pytest.approx(f1.mean(), abs=1e-12)
+    areas = [oracle.roc_auc_score(y == c, x[:, c]) for c in present]
+    assert macro_auroc(x, y) == pytest.approx(np.mean(areas), abs=1e-12)
+    assert macro_auprc(x, y) == pytest.approx(np.mean([oracle.average_precision_score(y == c, x[:, c]) for c in present]), abs=1e-12)
+
+
+def test_recall_equals_torchmetrics_on_similarities():
+    "From a matrix of similarities with several positives per query to ranks, and from ranks to hits."
+    rng = np.random.default_rng(0)
+    similarity, relevant = rng.normal(size=(60, 40)), rng.random((60, 40)) < .06
+    relevant[~relevant.any(1), 0] = True
+    best = np.where(relevant, similarity, -np.inf).max(1, keepdims=True)
+    ranks = 1 + (~relevant & (similarity >= best)).sum(1, keepdims=True)
+    counts = np.stack([relevant.sum(1), np.full(60, 40)], 1)
+    for k in (1, 5, 10):
+        hits = [float(retrieval_hit_rate(torch.tensor(s), torch.tensor(r), top_k=k)) for s, r in zip(similarity, relevant)]
+        assert recall_at_k(ranks, counts, k=k) == pytest.approx(np.mean(hits), abs=1e-6)
 
 
 def test_large_logits_keep_their_order():
