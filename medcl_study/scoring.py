@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORE', 'EvaluationSet', 'evaluation_set', 'Reading', 'score_entries', 'evaluate']
 
-# %% ../nbs/69b_scoring.ipynb #f5a2d71b
+# %% ../nbs/69b_scoring.ipynb #5bd15a0d
 import dataclasses
 import tempfile
 import warnings
@@ -19,21 +19,26 @@ import pandas as pd
 from .core import DataError, data_root
 from .data.phantom import MODALITIES, phantom_corpus
 from .data.sets.base import twin_prompts
-from .data.sets.questions import answer_vocabulary
 from .data.sets.sample import SAMPLE_SETS, sample_prompts
 from .data.tasks import CLASSIFICATION, PROTOCOLS, SUITES, TASKS, Entry, parse_entry
 from .data.text import PROMPTS
 from .encoders.adapters import as_encoder
+from .evaluation.detection import detection
 from .evaluation.features import FeatureStore, Scorer
+from .evaluation.finetune import finetune
 from .evaluation.grounding import grounding
+from .evaluation.neighbours import nearest_neighbours
 from .evaluation.probe import linear_probe
 from .evaluation.retrieval import retrieval
+from .evaluation.robustness import caption_changes, robustness
+from .evaluation.segmentation import segmentation
+from .evaluation.vqa import answer_questions, answers_of
 from .evaluation.zeroshot import zero_shot
 from .metrics import METRICS
 from .predictions import Task, concat_predictions
 from .settings import Run, make_run, packed, pair_part, set_corpus
 
-# %% ../nbs/69b_scoring.ipynb #317ec311
+# %% ../nbs/69b_scoring.ipynb #def98908
 @dataclass(frozen=True)
 class EvaluationSet:
     "One entry as a task, with its prompts and its splits."
@@ -48,21 +53,23 @@ class EvaluationSet:
         return {k: v.corpus for k, v in parts.items()}, {k: v.images for k, v in parts.items()}
 
 
-def _asked(entry, task, whole):
-    "Turn the task of a set into the one that a protocol asks."
-    kind = entry.protocol if entry.protocol in ('retrieval', 'vqa') else entry.kind
-    if not kind: return task
-    classes = {'retrieval': tuple, 'vqa': lambda: answer_vocabulary(whole()).answers}.get(kind, lambda: task.classes)()
-    return dataclasses.replace(task, name=f'{task.name}_{kind}', kind=kind, classes=classes, metric='', family=task.family)
+def _task(entry, own, name, classes, *, train, metric='', **about):
+    "Make the task that a protocol asks of a set whose own kind is `own`; one of another kind has it in its name."
+    captions = entry.protocol == 'caption_changes'
+    kind = 'retrieval' if captions else entry.protocol if entry.protocol in ('retrieval', 'vqa') else entry.kind or own
+    metric = 'recall_at_1' if captions else metric if metric and kind in METRICS[metric].kinds else ''
+    if kind == 'retrieval': classes = ()
+    if kind == 'vqa': classes = answers_of({'train': train()}).answers
+    more = 'captions' if captions else '' if kind == own else kind
+    return Task('_'.join(o for o in (name, more) if o), kind, classes, metric=metric, **about)
 
 
 def _phantom_set(entry, run):
     if run.modality == 'mixed': raise ValueError("task 'phantom' needs one modality; score each modality of 'mixed' in a run of its own")
-    name = f'phantom_{run.modality}'
-    task = Task(name, 'multilabel', phantom_corpus(run.modality, 1).classes, modality=run.modality, source='phantom',
-                prompt_set=f'phantom/{run.modality}', split='patients of other seeds', family=name)
-    return EvaluationSet(entry, _asked(entry, task, lambda: pair_part(run, 'train').corpus),
-                         {task.prompt_set: MODALITIES[run.modality].prompts}, partial(pair_part, run))
+    name, key = f'phantom_{run.modality}', f'phantom/{run.modality}'
+    task = _task(entry, 'multilabel', name, phantom_corpus(run.modality, 1).classes, train=lambda: pair_part(run, 'train').corpus,
+                 modality=run.modality, source='phantom', prompt_set=key, split='patients of other seeds', family=name)
+    return EvaluationSet(entry, task, {key: MODALITIES[run.modality].prompts}, partial(pair_part, run))
 
 
 def _pairs_set(entry, run):
@@ -80,15 +87,12 @@ def _sample_set(entry, run):
 
 def _task_set(entry, run):
     o, corpus = TASKS[entry.set], set_corpus(entry.set)
-    kind = entry.kind or o.kind
-    classes = {'retrieval': tuple, 'vqa': lambda: answer_vocabulary(corpus).answers}.get(kind, lambda: o.classes)()
-    metric = o.metric if o.metric and kind in METRICS[o.metric].kinds else ''
-    task = Task(f'{entry.set}_{kind}' if entry.kind else entry.set, kind, classes, metric=metric, family=o.family, modality=o.modality,
-                split=o.split, licence=o.licence, source=corpus.source, citation=o.citation)
-    prompts = {k: PROMPTS[k] for k in o.prompt_sets}
-    if corpus.source == 'twin' and kind in ('binary', 'multiclass'): # its official names say nothing about what was drawn
-        prompts = {'drawn': twin_prompts(o.stands_in, classes)} | prompts
-    task = dataclasses.replace(task, prompt_set=next(iter(prompts), '') if kind in CLASSIFICATION else '')
+    prompts = {k: PROMPTS[k] for k in o.prompt_sets} if o.kind in CLASSIFICATION else {}
+    if corpus.source == 'twin' and o.kind in ('binary', 'multiclass'): # its official names say nothing about what was drawn
+        prompts = {'drawn': twin_prompts(o.stands_in, o.classes)} | prompts
+    task = _task(entry, o.kind, entry.set, o.classes, train=lambda: corpus.split('train'), metric=o.metric, family=o.family,
+                 modality=o.modality, prompt_set=next(iter(prompts), ''), split=o.split, licence=o.licence, source=corpus.source,
+                 citation=o.citation)
     return EvaluationSet(entry, task, prompts, lambda split: packed(corpus.split(split), run))
 
 
@@ -103,7 +107,7 @@ def evaluation_set(
     if make: return make(entry, run)
     raise ValueError(f'unknown evaluation set {entry.set!r}; known are phantom, pairs, {", ".join([*SAMPLE_SETS, *TASKS])}')
 
-# %% ../nbs/69b_scoring.ipynb #3fd99a10
+# %% ../nbs/69b_scoring.ipynb #3468046a
 @dataclass(frozen=True)
 class Reading:
     "How an encoder is read."
@@ -132,13 +136,25 @@ def _retrieve(o, store, how, scored):
     return [retrieval(store, test.corpus, o.task, images=test.images, scorer=how.scorer)]
 
 
-def _ground(o, store, how, scored):
+def _change_captions(o, store, how, scored):
     test = o.part(scored)
-    return [grounding(store, test.corpus, o.task, images=test.images, unit='words' if how.scorer == 'late' else 'sentence')]
+    return [caption_changes(store, test.corpus, o.task, images=test.images, scorer=how.scorer)]
+
+
+def _ground(o, store, how, scored):
+    test, units = o.part(scored), ['words' if how.scorer == 'late' else 'sentence']
+    if o.task.source == 'phantom': units.append('plan') # every sentence's patches are known there
+    return [grounding(store, test.corpus, o.task, images=test.images, unit=unit) for unit in units]
 
 
 SCORE = { # key of PROTOCOLS → (set under the protocol, store, reading, scored part) → tables of predictions
-    'zeroshot': _by_prompts(zero_shot), 'probe': _learned(linear_probe, reads=True), 'retrieval': _retrieve, 'grounding': _ground,
+    'zeroshot': _by_prompts(zero_shot), 'robustness': _by_prompts(robustness),
+    'probe': _learned(linear_probe, reads=True), 'probe_released': _learned(partial(linear_probe, probe='released')),
+    'knn': _learned(nearest_neighbours, reads=True), 'finetuned': _learned(finetune),
+    'retrieval': _retrieve, 'caption_changes': _change_captions, 'grounding': _ground, 'vqa': _learned(answer_questions),
+    'segmentation_linear': _learned(segmentation, head='linear'), 'segmentation_frozen': _learned(segmentation, head='unet'),
+    'segmentation_finetuned': _learned(segmentation, head='unet', finetune=True),
+    'detection_frozen': _learned(detection), 'detection_finetuned': _learned(detection, finetune=True),
 }
 
 
