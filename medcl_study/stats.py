@@ -93,7 +93,7 @@ def _skew(influences):
     second, third = (sum((o**p).sum() / len(o)**p for o in influences) for p in (2, 3))
     return float(third / 6 / second**1.5) if second > 1e-24 else 0.
 
-# %% ../nbs/51_stats.ipynb #0d3f134d
+# %% ../nbs/51_stats.ipynb #5b15f9d7
 def standard_error(
     statistic: Callable, # weights (b, n) -> (b,)
     resamples: Resamples,
@@ -109,18 +109,24 @@ def standard_error(
     heavy = np.array([(o**4).mean() / max((o**2).mean(), 1e-18)**2 for o in influences])
     parts, silent = seen * groups / np.maximum(1, groups - 1), seen < 1e-18
     added = np.where(silent, (parts * groups)[~silent].mean() / (groups + 1.5) / groups, 0)
-    mix = _mix_variance(statistic, resamples, groups)
+    member = np.unique(resamples.stratum_of)[:, None] == resamples.stratum_of
+    if silent.any(): added = np.fmin(added, _gaps(statistic, resamples, member)**2)
+    mix = _mix_variance(statistic, resamples, groups, member)
     freedom = np.r_[np.maximum(1, groups - 1) / (1 + np.maximum(0, heavy - 3) / 4), max(1, groups.sum() - 1)]
     every = np.r_[parts + added, mix]
     error = np.sqrt(max(np.var(replicates) * parts.sum() / seen.sum(), parts.sum()) + added.sum() + mix)
     return float(error), float(max(1., every.sum()**2 / (every**2 / freedom).sum())), _skew(influences)
 
 
-def _mix_variance(statistic, resamples, groups, step=.02):
+def _gaps(statistic, resamples, member):
+    "How much the statistic changes without each stratum; NaN where it is not defined then."
+    theta = replicate(statistic, Resamples(np.r_[~member, np.ones_like(member[:1])], resamples.group_of, resamples.stratum_of))
+    return theta[:-1] - theta[-1]
+
+
+def _mix_variance(statistic, resamples, groups, member, step=.02):
     "Variance due to the shares of the strata, by the change of the statistic when one of them gains weight."
-    strata = resamples.stratum_of
-    up = np.unique(strata)[:, None] == strata
-    theta = replicate(statistic, Resamples(1 + step * np.concatenate([up, -1. * up]), resamples.group_of, strata))
+    theta = replicate(statistic, Resamples(1 + step * np.concatenate([member, -1. * member]), resamples.group_of, resamples.stratum_of))
     slope = (theta[:len(groups)] - theta[len(groups):]) / (2 * step)
     found = (slope**2 / groups).sum() - slope.sum()**2 / groups.sum()
     return float(max(0., found)) if len(groups) > 1 and np.isfinite(found) else 0.

@@ -134,6 +134,15 @@ def test_a_class_without_errors_widens_the_interval():
     assert e.error > 1.15 * e.replicates.std() and e.method == 't'
 
 
+def test_a_handful_of_patients_that_hardly_count_does_not_widen_the_interval():
+    "Patients with images of several classes are of the rarest class; the three left over are all right, and few."
+    rng = np.random.default_rng(0)
+    y = np.r_[np.tile([0, 1], 57), np.zeros(6, int)]
+    right = np.r_[rng.random(114) < .8, np.ones(6)].astype(float)
+    e = estimate(mean_of(right), resample(np.arange(120) // 2, y), share=True)
+    assert e.error < 1.2 * e.replicates.std()
+
+
 def test_extremes_do_not_collapse():
     ones = np.ones(40)
     assert percentile_interval(replicate(mean_of(ones), resample(np.arange(40)))) == (1, 1)
