@@ -27,7 +27,7 @@ from .results import Study, protocol_name, protocol_order
 from .significance import smallest_difference
 from .sections import codes, in_order, in_words, join, many, provenance
 
-# %% ../nbs/74a_benchmark_sections.ipynb #d2af62cc
+# %% ../nbs/74a_benchmark_sections.ipynb #e146fc94
 @dataclass(frozen=True)
 class Comparison:
     "Arms that were scored on the same tasks."
@@ -92,7 +92,8 @@ def _trainings(row, seeds):
         drawn = [o.estimate for o in row['parts'] if o.seed == seed] # several only where an arm repeats a seed
         yield dict(task=row['cell'], name=row['task'], method=row['arm'], seed=seed, value=np.mean([o.value for o in drawn]),
                    replicates=np.mean([o.replicates for o in drawn], 0), smaller=metric.smaller_is_better,
-                   bounded=not metric.smaller_is_better and tuple(metric.bounds) == (0, 1), chance=row['chance'] or 0.)
+                   bounded=not metric.smaller_is_better and tuple(metric.bounds) == (0, 1),
+                   chance=0. if pd.isna(row['chance']) else row['chance'])
 
 # %% ../nbs/74a_benchmark_sections.ipynb #ece08b4f
 _RANKS = (
@@ -193,13 +194,13 @@ def _verdict(test, differences, by):
     error = differences.std(ddof=1) / np.sqrt(len(differences))
     return f'cannot tell, {_p(test["p_holm"])}\n{smallest_difference(error, freedom=len(differences) - 1):.3f} would be seen'
 
-# %% ../nbs/74a_benchmark_sections.ipynb #132ae93e
+# %% ../nbs/74a_benchmark_sections.ipynb #2cc86686
 def _summaries(study, o, baseline, resamples):
     "Draw performance profiles and probabilities of improvement of the widest comparison."
     if o.corrected is None or len(set(o.corrected.tasks)) < 2: return []
     by = 'family' if len(set(o.corrected.families)) > 1 else 'task'
     values = np.concatenate([v.ravel() for v in (o.corrected.by_family() if by == 'family' else o.corrected).values.values()])
-    curves = profiles(o.corrected, np.linspace(min(0, values.min()), min(1, values.max() + .02), 61), by=by, resamples=resamples)
+    curves = profiles(o.corrected, np.linspace(values.min() - .05, min(1, values.max() + .02), 61), by=by, resamples=resamples)
     curves = curves.assign(row=curves['method'], method=curves['method'].map(o.methods))
     beats = improvements(o.corrected, baseline=baseline, by=by, resamples=resamples)
     beats = beats.assign(row=beats['first'], method=beats['first'].map(o.methods))
@@ -213,7 +214,7 @@ def _summaries(study, o, baseline, resamples):
     return [_picture('profiles', profile_curves(curves, xlabel='chance-corrected value'), first, f'medians: {medians}'),
             _picture('improvement', improvement_forest(beats, baseline=baseline), second, alt)]
 
-# %% ../nbs/74a_benchmark_sections.ipynb #6b43284c
+# %% ../nbs/74a_benchmark_sections.ipynb #3d87ffa2
 def task_by_task(
     study: Study,
     table: pd.DataFrame, # of `results`
@@ -253,7 +254,7 @@ def _differences(study, part, gaps, tasks, protocol, baseline):
     figure = difference_map(rows, base[[o for o in tasks if o in base.index]], baseline=baseline, families=families)
     caption = (f'{protocol_name(protocol).capitalize()}: differences to `{baseline}` in points, its own values at the left; framed where '
                f'the 95 % interval excludes zero ({told.sum()} of {count}; about {.05 * count:.0f} would by chance alone; {(p < .05).sum()} '
-               f'after Holm\'s correction for all {count}). Lines separate families. {provenance(study, part)}')
+               f'after Holm\'s correction for all {count}). Lines set off families of several tasks. {provenance(study, part)}')
     alt = '; '.join(f'{r["task"]} {r["arm"]} {_signed(r["value"])}' for r in rows.to_dict('records'))
     names = list(dict.fromkeys(rows['arm']))
     cells = {(r['task'], r['arm']): _gap_cell(r) for r in rows.to_dict('records')}

@@ -193,7 +193,7 @@ def risk_coverage(
     _legend(figure, list(axes.values())[0])
     return figure
 
-# %% ../nbs/73a_comparison_figures.ipynb #7688d917
+# %% ../nbs/73a_comparison_figures.ipynb #3c02fe8b
 _DIVERGING = LinearSegmentedColormap.from_list('better', ['#B35900', '#F4B183', '#FFFFFF', '#9DC3E6', '#1F5C99'])
 
 
@@ -210,14 +210,17 @@ def difference_map(
     tasks, rows = list(base.index), list(dict.fromkeys(gaps['row']))
     figure = Figure(figsize=(1.9 + .66 * (len(rows) + 1), .23 * len(tasks) + 1.0), layout='constrained')
     ax, limit = figure.subplots(), max(1e-9, np.nanquantile(gaps['value'].abs(), .95))
+    family = {o: (families or {}).get(o, o) for o in tasks}
+    size = list(family.values())
     for y, task in enumerate(tasks): _cell(ax, 0, y, f'{base[task]:.3f}', 'white', False)
     for r in gaps.to_dict('records'):
         if r['task'] not in base.index: continue
         told, share = r['low'] > 0 or r['high'] < 0, np.clip(r['value'] / limit, -1, 1)
-        text = f'{scale * r["value"]:+.1f}'.replace('-', '−')
+        text = f'{round(scale * r["value"], 1) + 0.:+.1f}'.replace('-', '−') # + 0.: no minus before zero
         _cell(ax, 1 + rows.index(r['row']), tasks.index(r['task']), text, _DIVERGING(.5 + .42 * share), told)
     for y, (one, two) in enumerate(zip(tasks, tasks[1:])):
-        if families and families.get(one, one) != families.get(two, two): ax.axhline(y + .5, color=GREY, lw=.8, zorder=1)
+        a, b = (family[o] for o in (one, two))
+        if a != b and max(size.count(a), size.count(b)) > 1: ax.axhline(y + .5, color=GREY, lw=.8, zorder=1)
     ax.set(xlim=(-.5, len(rows) + .5), ylim=(len(tasks) - .5, -.5))
     ax.set_xticks(range(len(rows) + 1), [_wrap(o, 12) for o in [baseline, *rows]], rotation=40, ha='left', rotation_mode='anchor')
     ax.set_yticks(range(len(tasks)), tasks)
