@@ -153,7 +153,7 @@ def question_features(
     return Questions(table, torch.tensor(target), torch.from_numpy(image), torch.from_numpy(text),
                      _patches(store, source, table.row.to_numpy()[first]), *_words(store, texts.tolist()))
 
-# %% ../../nbs/66_vqa.ipynb #f38cf324
+# %% ../../nbs/66_vqa.ipynb #2c9fcb83
 SIDES = {'vqa': ('image', 'question'), 'vqa_question_only': ('question',), 'vqa_image_only': ('image',)} # protocol → what is shown
 
 
@@ -167,9 +167,9 @@ class HeadConfig:
     smoothing: float = .1 # of the labels
     lr: float = 1e-3
     weight_decay: float = .05
-    batch_size: int = 128 # questions
-    epochs: int = 30 # at most; the learning rate falls to zero over them
-    patience: int = 6 # epochs without a better validation accuracy
+    batch_size: int = 128 # questions; fewer in small sets, so that an epoch has at least 16 steps
+    epochs: int = 20 # at most; the learning rate falls to zero over them
+    patience: int = 5 # epochs without a better validation accuracy, in the second half
 
 
 class _Look(nn.Module):
@@ -212,14 +212,17 @@ class AnswerHead(nn.Module):
         self.answer = nn.Sequential(nn.LayerNorm(width), nn.Dropout(config.dropout), nn.Linear(width, answers))
 
     def forward(self, patches, image, words, mask): # see `Questions.batch`
-        "Return logits (n, answers), and where the words look at last (n, p), on average over words and heads."
+        "Return logits (n, answers), and where each word looks first (n, t, p), on average over heads."
         if 'image' in self.sides: x = self.see((patches - self.patch_mean) / self.patch_scale) + self.place
         else: x, image = self.no_image, image * 0
         if 'question' in self.sides: w = self.read((words - self.word_mean) / self.word_scale)
         else: w, mask = self.no_question.expand(len(image), 1, -1), mask[:, :1]
         x, share = self.norm(x), mask / mask.sum(1, keepdim=True)
-        for look in self.looks: w, attention = look(w, x, image)
-        return self.answer(torch.einsum('nt,ntw->nw', share, w)), torch.einsum('nt,ntp->np', share, attention.mean(1))
+        looked = []
+        for look in self.looks:
+            w, attention = look(w, x, image)
+            looked.append(attention)
+        return self.answer(torch.einsum('nt,ntw->nw', share, w)), looked[0].mean(1)
 
 
 def _over(head, questions, size=256):
@@ -238,7 +241,7 @@ def answer_logits(
     "Score every answer to every question."
     return torch.cat([o for o, _ in _over(head, questions, batch_size)])
 
-# %% ../../nbs/66_vqa.ipynb #df54b79d
+# %% ../../nbs/66_vqa.ipynb #03090a50
 def fit_head(
     train: Questions,
     valid: Questions, # about other images
@@ -252,25 +255,26 @@ def fit_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = AnswerHead(train, answers, sides=sides, config=config)
-        steps = config.epochs * math.ceil(len(train) / config.batch_size)
+        size = min(config.batch_size, max(16, len(train) // 16))
+        steps = config.epochs * math.ceil(len(train) / size)
         optimizer = torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay)
         def rate(i): return config.lr * min(1, (i + 1) / (.1 * steps)) * .5 * (1 + math.cos(math.pi * i / steps))
-        step, best, head.history = 0, (-1.,), []
+        step, best, head.history = 0, (-math.inf,), []
         for epoch in range(config.epochs):
-            step = _epoch(head.train(), train, optimizer, rate, step, config)
+            step = _epoch(head.train(), train, optimizer, rate, step, size, config.smoothing)
             head.history.append(_validate(head, valid))
             if head.history[-1] > best: best, kept, at = head.history[-1], copy.deepcopy(head.state_dict()), epoch
-            if epoch - at >= config.patience: break
+            if epoch >= config.epochs // 2 and epoch - at >= config.patience: break
     head.load_state_dict(kept)
     return head.eval()
 
 
-def _epoch(head, train, optimizer, rate, step, config):
+def _epoch(head, train, optimizer, rate, step, size, smoothing):
     "Go through the questions once, image by image in random order; returns the number of steps so far."
     order = torch.randperm(len(train.patches))[train.image].argsort(stable=True)
-    for rows in order.split(config.batch_size):
+    for rows in order.split(size):
         for o in optimizer.param_groups: o['lr'] = rate(step)
-        loss = F.cross_entropy(head(*train.batch(rows))[0], train.target[rows], label_smoothing=config.smoothing)
+        loss = F.cross_entropy(head(*train.batch(rows))[0], train.target[rows], label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -378,10 +382,11 @@ def gain_over(
         return found
     return compare(part('vqa'), part(other), metric, **settings)
 
-# %% ../../nbs/66_vqa.ipynb #1065ed40
+# %% ../../nbs/66_vqa.ipynb #164e4366
 def attention_maps(
     head: AnswerHead,
     questions: Questions,
-) -> np.ndarray: # (n, p), each sums to 1
-    "Average where the words of each question look, in the last block."
-    return torch.cat([o for _, o in _over(head, questions)]).numpy()
+) -> list[np.ndarray]: # of each question (words, p); a word's row sums to 1
+    "Return where each word of each question looks, in the first block and on average over heads."
+    maps = [o for _, attention in _over(head, questions) for o in attention]
+    return [o[:length].numpy() for o, length in zip(maps, questions.length[questions.text].tolist())]
