@@ -202,7 +202,7 @@ def squares_interval(
     centre, half = 2 * value**2 - squares.mean(), _quantiles(level, freedom)[1] * squares.std()
     return float(max(0., centre - half)**.5), float(max(0., centre + half)**.5)
 
-# %% ../nbs/51_stats.ipynb #6ccd7628
+# %% ../nbs/51_stats.ipynb #83c09f08
 @dataclass(frozen=True)
 class Estimate:
     "A value, its 95 % interval, what that rests on, and what to keep in mind."
@@ -240,6 +240,7 @@ def estimate(
         interval, method = t_interval(_unbiased(value, usable, error), error, freedom, level=level, odds=True), 't'
     else: interval, method = _quantile_interval(value, usable, error, freedom, skew, smooth, level)
     notes = _cautions(groups, trials, 1 - len(usable) / len(replicates))
+    if method == 'bca' and freedom < 12: notes += ('a few groups make up most of the spread: the interval may be too short',)
     if method == 'squares' and interval[0] == 0: notes += ('cannot be told from 0: noise alone makes it as large',)
     return Estimate(value, *interval, method, n, groups, notes, replicates, error, freedom)
 
@@ -268,7 +269,7 @@ def _quantile_interval(value, replicates, error, freedom, skew, smooth, level):
 def _effective_size(share, replicates, n, groups):
     "Count the independent samples that would give a share the variance of its replicates."
     variance = replicates.var()
-    return min(n, share * (1 - share) / variance) if variance > 0 else groups
+    return min(n, share * (1 - share) / variance) if variance > 0 and 0 < share < 1 else groups
 
 
 def _cautions(groups, trials, undefined):

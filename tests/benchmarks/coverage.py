@@ -284,7 +284,7 @@ def units(scale=1.):
     todo += [(rejections, ((o,),), {'repeats': times(1000)}) for o in TESTS | IGNORANT]
     for kind in OTHER_KINDS:
         if not others(kind): continue
-        repeats = 60 if kind == 'boxes' else 400 if kind in ('grounding', 'vqa') else 200
+        repeats = 100 if kind == 'boxes' else 400 if kind in ('grounding', 'vqa', 'ranks') else 300
         todo += [(coverage, (kind, others(kind), d), {'repeats': times(repeats)}) for d in (PLAIN, CLUSTERED, Design(20))]
     return todo
 
