@@ -114,7 +114,9 @@ def test_hard_features_end_and_say_how(case):
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter('always')
         fits = list(logistic_path(Axes.of(x), y, (1, 1e-2, 1e-4, 1e-6)))
-    assert [o.penalty for o in fits if not o.converged] == [p for p in (1, 1e-2, 1e-4, 1e-6) for o in heard if f'penalty {p:g} ' in str(o.message)]
+    said = [str(o.message) for o in heard]
+    assert len(said) == sum(not o.converged for o in fits)
+    assert all(f'penalty {o.penalty:g} ' in ' '.join(said) for o in fits if not o.converged)
     assert all(o.converged for o in fits) or case == 'huge'
     assert all(o.steps < 2000 and np.isfinite(o.weight).all() for o in fits)
     assert all(a.objective[0] >= b.objective[0] for a, b in zip(fits, fits[1:]))

@@ -6,7 +6,7 @@
 __all__ = ['PENALTIES', 'RELEASED', 'PROBES', 'Probe', 'fit_probes', 'fit_probe', 'Rows', 'probe_rows', 'Recipe',
            'probe_predictions', 'read_features', 'linear_probes', 'linear_probe']
 
-# %% ../../nbs/62_probe.ipynb #063d75d8
+# %% ../../nbs/62_probe.ipynb #9bea0209
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import torch
 from scipy.special import log_expit, log_softmax, logit
 from torch.nn import functional as F
 
-from ..core import DataError, seed_from
+from ..core import DataError
 from ..data.budgets import DRAWS, budget_rows, protocol_name
 from ..data.pairs import Corpus, split_groups
 from .features import as_store, check_length, labelled, sample_groups, unit
