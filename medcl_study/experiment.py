@@ -137,7 +137,7 @@ def _examples(run, encoder, path):
     else: found = {}
     if found: write_examples(path, credit=credit, **found)
 
-# %% ../nbs/70_experiment.ipynb #127a2ffc
+# %% ../nbs/70_experiment.ipynb #46a805b8
 def record_path(reports, run_id: str) -> Path: return Path(reports)/'records'/f'{run_id}.json'
 def predictions_path(reports, run_id: str) -> Path: return Path(reports)/'predictions'/f'{run_id}.parquet'
 
@@ -145,9 +145,16 @@ def predictions_path(reports, run_id: str) -> Path: return Path(reports)/'predic
 def finished(reports, run_id: str) -> dict | None:
     "Return the record of a run that is complete under the present code, else None."
     path = record_path(reports, run_id)
-    if not (path.exists() and predictions_path(reports, run_id).exists()): return None
+    if not path.exists(): return None
     record = read_json(path)
-    return record if record['code'] == code_hash() else None
+    return record if record['code'] == code_hash() and _predicted(reports, record) else None
+
+
+def _predicted(reports, record):
+    "Tell whether the predictions of a record are there: in a file of the run, or gathered by task when the study was reported."
+    if predictions_path(reports, record['id']).exists(): return True
+    folder, tasks = Path(reports)/'predictions', {key.partition('/')[0] for key in record['tasks']}
+    return all((folder/f'{o}.parquet').exists() or (folder/o).is_dir() for o in tasks)
 
 # %% ../nbs/70_experiment.ipynb #c8ac694b
 def _results(run, folder, examples, progress, track):

@@ -120,7 +120,7 @@ def arms(
         named[run] = Arm(' '.join([method] + [f'{k}={settings[k]}' for k in sorted(differ)]), method)
     return named
 
-# %% ../nbs/71_results.ipynb #0ad95e32
+# %% ../nbs/71_results.ipynb #9f06bb47
 @dataclass(frozen=True)
 class Single:
     "One training (or one random start) on one task: its predictions and estimate."
@@ -212,9 +212,8 @@ def _result(task, protocol, arm, singles, training):
                singles=[o.estimate.value for o in singles], cautions=first.cautions, training=training,
                sampling_sd=np.nan, seed_sd=np.nan)
     if len(singles) == 1 and training is None: return row | dict(value=first.value, low=first.low, high=first.high)
-    bounds = (1, np.inf) if METRICS[task.metric].smaller_is_better else (0, 1)
     mean = stats.mean_over_seeds(*_values_and_replicates(singles), groups=first.groups, training=training,
-                                 bounds=bounds)
+                                 bounds=METRICS[task.metric].bounds)
     return row | {o: getattr(mean, o) for o in ('value', 'low', 'high', 'sampling_sd', 'seed_sd')}
 
 # %% ../nbs/71_results.ipynb #c80bb964
