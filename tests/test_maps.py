@@ -138,7 +138,8 @@ def test_images_lie_where_placed_says(height, width, size):
     assert np.array_equal(resize(np.full((height, width), 255, np.uint8), size) > 0, want)
 
 
-@pytest.mark.parametrize('name, mode, exif', [('a.png', 'L', 0), ('a.jpg', 'RGB', 0), ('b.jpg', 'L', 6), ('c.jpg', 'L', 3), ('a.tif', 'I;16', 0)])
+@pytest.mark.parametrize('name, mode, exif', [('a.png', 'L', 0), ('a.jpg', 'RGB', 0), ('b.jpg', 'L', 6), ('c.jpg', 'L', 3),
+                                             ('a.tif', 'I;16', 0)])
 def test_headers_tell_the_size_that_reading_gives(tmp_path, name, mode, exif):
     from medcl_study.data.images import read_image
     image = Image.new(mode, (50, 30))
@@ -199,7 +200,8 @@ def test_regions_of_a_class_add_up_and_rows_are_drawn_alone():
 
 def test_bad_regions_are_refused_by_name():
     zeros = np.zeros((1, 30, 20), np.uint8)
-    def drawn(region, classes=('disc', 'other'), asked=('disc',)): return truth_masks(corpus_of([(region,)], zeros, classes=classes), 16, asked)
+    def drawn(region, classes=('disc', 'other'), asked=('disc',)):
+        return truth_masks(corpus_of([(region,)], zeros, classes=classes), 16, asked)
     with pytest.raises(DataError, match='toy, row i0: the mask of .disc. was made for 30 x 20 pixels, the image has 20 x 30'):
         drawn(Region('disc', mask=np.ones((20, 30), bool)))
     with pytest.raises(DataError, match='was made for 20 x 31'): drawn(Region('disc', mask=Runs(31, 20, ('0 5',))))
@@ -235,7 +237,9 @@ def test_twins_have_bright_objects_where_their_truth_is(name, tmp_path):
     for i, drawn in enumerate(masks):
         assert set(boxes[i][:, 0]) == set(np.flatnonzero(drawn.any((1, 2)))) == set(np.flatnonzero(labels[i] == 1))
         for c, x0, y0, x1, y1 in boxes[i]: # a box holds its mask up to a pixel
-            assert drawn[int(c)][max(0, int(y0 * 64) - 1):int(np.ceil(y1 * 64)) + 1, max(0, int(x0 * 64) - 1):int(np.ceil(x1 * 64)) + 1].any()
+            top, left = max(0, int(y0 * 64) - 1), max(0, int(x0 * 64) - 1)
+            bottom, right = int(np.ceil(y1 * 64)) + 1, int(np.ceil(x1 * 64)) + 1
+            assert drawn[int(c)][top:bottom, left:right].any()
     inside = packed.batch(range(len(corpus)))[masks.any(1)].mean()
     assert inside > 0 # the letterbox's margin is black, and no truth lies in it
     empty = ~packed.batch(range(len(corpus))).any((0, 3))

@@ -127,7 +127,8 @@ def test_loss_rises_when_truth_is_swapped_and_no_order_matters():
 @pytest.mark.parametrize('strides', [(2, 4, 8, 16, 32), (4, 8, 16, 32), (3.5, 7, 14, 28), (4, 8), (8,), (1, 2, 4, 8, 16, 32)])
 def test_a_unet_takes_any_pyramid(strides):
     torch.manual_seed(0)
-    channels, maps = tuple(3 + i for i in range(len(strides))), [torch.randn(2, 3 + i, -int(-56 // o), -int(-56 // o)) for i, o in enumerate(strides)]
+    channels = tuple(3 + i for i in range(len(strides)))
+    maps = [torch.randn(2, c, *[-int(-56 // o)] * 2) for c, o in zip(channels, strides)]
     head = UNetHead(channels, strides, torch.tensor([.1, .2, .3]), width=4).eval()
     logits = head(maps, 56)
     assert logits.shape == (2, 3, 56, 56)
@@ -360,7 +361,8 @@ def test_twins_run_with_every_budget(name, tmp_path):
         rows = segmentation(tower, task, splits, images=images, labels=labels)
         assert len(rows) == len(splits['test']) * len(corpus.classes) * (5 if labels else 1)
         assert 0 <= values(rows) <= 1
-    if f'{name}/segmentation_frozen/1' in LOCALIZED18: assert values(segmentation(tower, task, splits, images=images, head='unet')) > .3
+    if f'{name}/segmentation_frozen/1' in LOCALIZED18:
+        assert values(segmentation(tower, task, splits, images=images, head='unet')) > .3
 
 
 @pytest.mark.slow
