@@ -27,7 +27,7 @@ from .results import Study, protocol_name, protocol_order
 from .significance import smallest_difference
 from .sections import codes, in_order, in_words, join, many, provenance
 
-# %% ../nbs/74a_benchmark_sections.ipynb #e146fc94
+# %% ../nbs/74a_benchmark_sections.ipynb #fe8a789f
 @dataclass(frozen=True)
 class Comparison:
     "Arms that were scored on the same tasks."
@@ -39,16 +39,20 @@ class Comparison:
     notes: tuple[str, ...] = () # what was left out
 
 
+_ASIDE = ('@', 'transductive', '_only') # in the names of protocols that repeat another with less, or control it
+
+
 def comparisons(
     study: Study,
     table: pd.DataFrame, # of `results`
     baseline: str,
-) -> list[Comparison]: # one per protocol with at least two tasks and two arms; with several protocols, all together at the end
+) -> list[Comparison]: # one per protocol with at least two tasks and two arms, and at the end all protocols together
     "Collect what can be ranked."
     trained = table[table['method'] != '']
     protocols = protocol_order(trained['protocol'])
     parts = {protocol_name(o): trained[trained['protocol'] == o] for o in protocols}
-    if len(protocols) > 1: parts['all protocols'] = trained
+    main = [o for o in protocols if not any(part in o for part in _ASIDE)]
+    if len(main) > 1: parts['all protocols'] = trained[trained['protocol'].isin(main)]
     families = {name: task.family for name, task in tasks_of(study.predictions).items()}
     found = [_comparison(name, part, families, baseline) for name, part in parts.items()]
     return [o for o in found if o]
@@ -95,15 +99,15 @@ def _trainings(row, seeds):
                    bounded=not metric.smaller_is_better and tuple(metric.bounds) == (0, 1),
                    chance=0. if pd.isna(row['chance']) else row['chance'])
 
-# %% ../nbs/74a_benchmark_sections.ipynb #ece08b4f
+# %% ../nbs/74a_benchmark_sections.ipynb #fb98eabc
 _RANKS = (
-    'Methods are ranked within each block, 1 is best. Tasks that share patients or images are averaged to a family first, and '
-    'families are the blocks: tasks of one family are not independent, and counting them apart would invent evidence. Friedman\'s '
-    'test asks whether any method differs; two methods differ by Nemenyi\'s test if no bar joins them. The table sets every arm '
-    'against `{baseline}`: Wilcoxon\'s exact test over families with Holm\'s correction; the smallest mean difference that would have been '
-    'found four times in five, where none was; and the posterior probabilities that the arm is better by more than {rope} (in '
-    'units of the metric), within {rope}, or worse. The interquartile mean is over chance-corrected values (0 chance, 1 perfect); its '
-    'interval resamples trainings and patients and keeps the tasks.')
+    'Methods are ranked within each block, 1 is best. Tasks that share patients or images are averaged to a family first, '
+    'and families are the blocks: tasks of one family are not independent, and counting them apart would invent evidence. '
+    'Friedman\'s test asks whether any method differs; two methods differ by Nemenyi\'s test if no bar joins them. The '
+    'table sets every arm against `{baseline}`: Wilcoxon\'s exact test over blocks with Holm\'s correction; the smallest '
+    'mean difference that would have been found four times in five, where none was; and the posterior probabilities that '
+    'the arm is better by more than {rope} (in units of the metric), within {rope}, or worse. The interquartile mean is over '
+    'chance-corrected values (0 chance, 1 perfect); its interval resamples trainings and patients and keeps the tasks.')
 
 
 def across_tasks(
@@ -124,7 +128,8 @@ def across_tasks(
         blocks += [_rank_picture(study, o, by) for by in (['family'] if try_families else [])]
         if len(set(o.plain.families)) < len(o.plain.tasks): blocks.append(_rank_picture(study, o, 'task'))
         blocks.append(_against(o, baseline, 'family' if try_families else 'task', rope, resamples))
-    return [Section('Across tasks: which method is better in general?', blocks + _summaries(study, found[-1], baseline, resamples))]
+    blocks += _summaries(study, found[-1], baseline, resamples)
+    return [Section('Across tasks: which method is better in general?', blocks)]
 
 
 _PLURAL = {'family': ('family', 'families'), 'task': ('task', 'tasks')}
@@ -142,9 +147,9 @@ def _ranks_in_words(o, by):
     far = [m for m in ranks.index if ranks[m] - ranks.iloc[0] > reach]
     told = f'told apart from {codes(far)}' if far else 'told apart from none'
     f = '∞' if np.isinf(test.f) else f'{test.f:.2f}'
-    return (f'**{o.name.capitalize()}**, {_blocks(test.blocks, by)} ({many(len(o.plain.tasks), "task")}): `{ranks.index[0]}` has the best mean '
-            f'rank, {ranks.iloc[0]:.2f} of {test.methods}, and is {told}. Friedman: χ² = {test.chi2:.2f}, F = {f}, {_p(test.p)}; '
-            f'critical difference {reach:.2f} ranks.')
+    return (f'**{o.name.capitalize()}**, {_blocks(test.blocks, by)} ({many(len(o.plain.tasks), "task")}): '
+            f'`{ranks.index[0]}` has the best mean rank, {ranks.iloc[0]:.2f} of {test.methods}, and is {told}. '
+            f'Friedman: χ² = {test.chi2:.2f}, F = {f}, {_p(test.p)}; critical difference {reach:.2f} ranks.')
 
 
 def _rank_picture(study, o, by):
@@ -155,14 +160,15 @@ def _rank_picture(study, o, by):
     rows = pd.DataFrame(dict(row=ranks.index, method=[o.methods[m] for m in ranks.index], rank=ranks.to_numpy()))
     figure = rank_diagram(rows, cliques(ranks, reach), reach, note=_blocks(n, by))
     warned = '' if by == 'family' else ' Tasks of one family are not independent, so this reads as more certain than it is.'
-    caption = (f'Mean ranks, {o.name}, over {_blocks(n, by)}; a bar joins methods that Nemenyi\'s test cannot tell apart.{warned} '
-               f'{provenance(study, o.rows)}')
+    caption = (f'Mean ranks, {o.name}, over {_blocks(n, by)}; a bar joins methods that Nemenyi\'s test cannot tell apart.'
+               f'{warned} {provenance(study, o.rows)}')
     return _picture(f'ranks-{o.name}-{by}', figure, caption, '; '.join(f'{m} {r:.2f}' for m, r in ranks.items()))
 
 
 def _picture(name, figure, caption, alt, dpi=120):
     "Wrap a figure with a palette."
-    return Picture(name.lower().replace(' ', '-').replace('@', '-at-').replace('→', 'to'), small_png(figure, dpi=dpi), caption, alt, dpi=dpi)
+    for a, b in ((' ', '-'), ('@', '-at-'), ('→', 'to'), (',', '')): name = name.replace(a, b)
+    return Picture(name.lower(), small_png(figure, dpi=dpi), caption, alt, dpi=dpi)
 
 
 def _against(o, baseline, by, rope, resamples):
@@ -181,7 +187,8 @@ def _against(o, baseline, by, rope, resamples):
             row |= {'difference': _signed((blocks[m] - blocks[baseline]).mean()), 'better / same / worse': three,
                     'Wilcoxon': _verdict(tests.loc[m], blocks[m] - blocks[baseline], by)}
         rows.append(row)
-    return Table(pd.DataFrame(rows), f'{o.name.capitalize()}: every arm against `{baseline}`, over {_blocks(len(blocks), by)}.')
+    caption = f'{o.name.capitalize()}: every arm against `{baseline}`, over {_blocks(len(blocks), by)}.'
+    return Table(pd.DataFrame(rows), caption)
 
 
 def _signed(value): return f'{value:+.3f}'.replace('-', '−')
@@ -190,31 +197,34 @@ def _signed(value): return f'{value:+.3f}'.replace('-', '−')
 def _verdict(test, differences, by):
     "Say what a pair's test says, or why it says nothing."
     if test['verdict'] in ('better', 'worse'): return f'**{test["verdict"]}**\n{_p(test["p_holm"])}'
-    if test['verdict'] == 'cannot be significant': return f'cannot be significant\nsmallest possible p = {test["smallest"]:.3f}'
+    if test['verdict'] == 'cannot be significant':
+        return f'cannot be significant\nsmallest possible p = {test["smallest"]:.3f}'
     error = differences.std(ddof=1) / np.sqrt(len(differences))
     return f'cannot tell, {_p(test["p_holm"])}\n{smallest_difference(error, freedom=len(differences) - 1):.3f} would be seen'
 
-# %% ../nbs/74a_benchmark_sections.ipynb #2cc86686
+# %% ../nbs/74a_benchmark_sections.ipynb #119ee894
 def _summaries(study, o, baseline, resamples):
     "Draw performance profiles and probabilities of improvement of the widest comparison."
     if o.corrected is None or len(set(o.corrected.tasks)) < 2: return []
     by = 'family' if len(set(o.corrected.families)) > 1 else 'task'
-    values = np.concatenate([v.ravel() for v in (o.corrected.by_family() if by == 'family' else o.corrected).values.values()])
-    curves = profiles(o.corrected, np.linspace(values.min() - .05, min(1, values.max() + .02), 61), by=by, resamples=resamples)
+    bench = o.corrected.by_family() if by == 'family' else o.corrected
+    values = np.concatenate([v.ravel() for v in bench.values.values()])
+    thresholds = np.linspace(values.min() - .05, min(1, values.max() + .02), 61)
+    curves = profiles(o.corrected, thresholds, by=by, resamples=resamples)
     curves = curves.assign(row=curves['method'], method=curves['method'].map(o.methods))
     beats = improvements(o.corrected, baseline=baseline, by=by, resamples=resamples)
     beats = beats.assign(row=beats['first'], method=beats['first'].map(o.methods))
-    where = f'{o.name}, {_blocks(len(set(o.corrected.families if by == "family" else o.corrected.tasks)), by)}'
-    first = (f'Share of results (trainings × {_PLURAL[by][1]}) above each chance-corrected value, {where}; bands are 95 % intervals over trainings '
-             f'and patients. {provenance(study, o.rows)}')
-    second = (f'Probability that a training of the arm beats one of `{baseline}` on the same {by} drawn at random, {where}, with 95 % '
-              f'intervals over trainings and patients. {provenance(study, o.rows)}')
+    where = f'{o.name}, {_blocks(len(bench.tasks), by)}'
+    first = (f'Share of results (trainings × {_PLURAL[by][1]}) above each chance-corrected value, {where}; bands are 95 % '
+             f'intervals over trainings and patients. {provenance(study, o.rows)}')
+    second = (f'Probability that a training of the arm beats one of `{baseline}` on a {by} drawn at random, {where}, '
+              f'with 95 % intervals over trainings and patients. {provenance(study, o.rows)}')
     alt = '; '.join(f'{r["row"]} {in_words(r)}'.replace(',\N{NBSP}', ' to ') for r in beats.to_dict('records'))
     medians = '; '.join(f'{m} {np.median(v):.3f}' for m, v in o.corrected.values.items())
     return [_picture('profiles', profile_curves(curves, xlabel='chance-corrected value'), first, f'medians: {medians}'),
             _picture('improvement', improvement_forest(beats, baseline=baseline), second, alt)]
 
-# %% ../nbs/74a_benchmark_sections.ipynb #3d87ffa2
+# %% ../nbs/74a_benchmark_sections.ipynb #f8e0d3cf
 def task_by_task(
     study: Study,
     table: pd.DataFrame, # of `results`
@@ -229,11 +239,19 @@ def task_by_task(
         tasks = _by_family(study, part['task'])
         cells = {(r['task'], r['arm']): in_words(r, split=True) for r in part.to_dict('records')}
         names = list(dict.fromkeys(part['arm']))
-        frame = pd.DataFrame({'task': [f'`{o}`' for o in tasks]} | {f'`{m}`': [cells.get((o, m), '–') for o in tasks] for m in names})
         metrics = join(list(dict.fromkeys(METRICS[o].label for o in part['metric'])))
         blocks += _differences(study, part, gaps, tasks, protocol, baseline) if len(gaps) else []
-        blocks.append(Table(frame, f'{protocol_name(protocol).capitalize()}: {metrics} with 95 % interval.'))
+        blocks.append(Table(_grid(tasks, names, cells), f'{_title(protocol)}: {metrics} with 95 % interval.'))
     return [Section('Task by task', blocks)] if blocks else []
+
+
+def _title(protocol): return protocol_name(protocol).capitalize()
+
+
+def _grid(tasks, names, cells):
+    "Make a table of tasks by arms."
+    columns = {f'`{m}`': [cells.get((o, m), '–') for o in tasks] for m in names}
+    return pd.DataFrame({'task': [f'`{o}`' for o in tasks]} | columns)
 
 
 def _by_family(study, names):
@@ -252,16 +270,16 @@ def _differences(study, part, gaps, tasks, protocol, baseline):
     told, count = (rows['low'] > 0) | (rows['high'] < 0), len(rows)
     families = {k: v.family for k, v in tasks_of(study.predictions).items()}
     figure = difference_map(rows, base[[o for o in tasks if o in base.index]], baseline=baseline, families=families)
-    caption = (f'{protocol_name(protocol).capitalize()}: differences to `{baseline}` in points, its own values at the left; framed where '
-               f'the 95 % interval excludes zero ({told.sum()} of {count}; about {.05 * count:.0f} would by chance alone; {(p < .05).sum()} '
-               f'after Holm\'s correction for all {count}). Lines set off families of several tasks. {provenance(study, part)}')
+    caption = (f'{_title(protocol)}: differences to `{baseline}` in points, its own values at the left; framed where the '
+               f'95 % interval excludes zero ({told.sum()} of {count}; about {.05 * count:.0f} would by chance alone; '
+               f'{(p < .05).sum()} after Holm\'s correction for all {count}). Lines set off families of several tasks. '
+               f'{provenance(study, part)}')
     alt = '; '.join(f'{r["task"]} {r["arm"]} {_signed(r["value"])}' for r in rows.to_dict('records'))
     names = list(dict.fromkeys(rows['arm']))
     cells = {(r['task'], r['arm']): _gap_cell(r) for r in rows.to_dict('records')}
-    frame = pd.DataFrame({'task': [f'`{o}`' for o in tasks]} | {f'`{m}`': [cells.get((o, m), '–') for o in tasks] for m in names})
-    note = (f'{protocol_name(protocol).capitalize()}: difference to `{baseline}` with 95 % interval; where it includes zero, the smallest '
+    note = (f'{_title(protocol)}: difference to `{baseline}` with 95 % interval; where it includes zero, the smallest '
             'difference that would have been found four times in five.')
-    return [_picture(f'map-{protocol}', figure, caption, alt), Table(frame, note)]
+    return [_picture(f'map-{protocol}', figure, caption, alt), Table(_grid(tasks, names, cells), note)]
 
 
 def _gap_cell(r):
@@ -270,7 +288,7 @@ def _gap_cell(r):
     return f'**{words.partition(chr(10))[0]}**\n{words.partition(chr(10))[2]}' if r['low'] > 0 or r['high'] < 0 else \
         f'{words}\n{smallest_difference(r["error"]):.3f} would be seen'
 
-# %% ../nbs/74a_benchmark_sections.ipynb #2d422f42
+# %% ../nbs/74a_benchmark_sections.ipynb #ff0cacbd
 _CALIBRATED = ('binary', 'multiclass', 'multilabel', 'vqa') # kinds whose scores are probabilities
 
 
@@ -284,7 +302,8 @@ def confidences(
     if task.kind == 'vqa': p, right = scores[:, 1:], (scores[:, 0] == targets[:, 0])[:, None]
     else: p, right = events(scores, targets)
     decided = p > .5 if task.kind in ('binary', 'multilabel') else np.ones_like(right)
-    return pd.DataFrame(dict(probability=p.ravel(), right=right.ravel().astype(int), error=(right != decided).ravel().astype(int),
+    return pd.DataFrame(dict(probability=p.ravel(), right=right.ravel().astype(int),
+                             error=(right != decided).ravel().astype(int),
                              certainty=np.where(decided, p, 1 - p).ravel(), group=np.repeat(group, p.shape[1])))
 
 
@@ -302,8 +321,8 @@ def reliability_bins(
 ) -> pd.DataFrame: # predicted, observed, count, low, high
     "Sort predictions into bins of equal width, with Wilson's interval over patients."
     place = np.minimum((table['probability'] * bins).astype(int), bins - 1)
-    seen = table.groupby(place).agg(predicted=('probability', 'mean'), observed=('right', 'mean'), groups=('group', 'nunique'),
-                                    count=('right', 'size')).reset_index(drop=True)
+    seen = table.groupby(place).agg(predicted=('probability', 'mean'), observed=('right', 'mean'),
+                                    groups=('group', 'nunique'), count=('right', 'size')).reset_index(drop=True)
     ends = [stats.wilson_interval(*o) for o in zip(seen['observed'], seen['groups'])]
     return seen.drop(columns='groups').assign(low=[o[0] for o in ends], high=[o[1] for o in ends])
 
@@ -321,10 +340,11 @@ def risk_at_coverage(
     def risk(w):
         seen = np.cumsum(w, -1)[:, at]
         return np.divide(np.cumsum(w * errors, -1)[:, at], seen, out=np.full(seen.shape, np.nan), where=seen > 0)
-    low, high = np.nanquantile(stats.replicate(risk, stats.resample(table['group'], resamples=resamples)), [.025, .975], axis=0)
+    draws = stats.resample(table['group'], resamples=resamples)
+    low, high = np.nanquantile(stats.replicate(risk, draws), [.025, .975], axis=0)
     return pd.DataFrame(dict(coverage=cuts, value=risk(np.ones((1, len(errors))))[0], low=low, high=high))
 
-# %% ../nbs/74a_benchmark_sections.ipynb #a45fc10a
+# %% ../nbs/74a_benchmark_sections.ipynb #dcfbefc8
 def calibration(
     study: Study,
     table: pd.DataFrame, # of `results`
@@ -355,7 +375,8 @@ def _errors(part, resamples):
             found = defaultdict(list)
             for o in r['parts']: found[o.seed].append(measure(_slim(o.frame), metric, resamples=resamples))
             rows += [dict(method=r['arm'], task=r['task'], seed=s, metric=metric, value=np.mean([e.value for e in es]),
-                          replicates=np.mean([e.replicates for e in es], 0), luck=_luck(r, metric)) for s, es in found.items()]
+                          replicates=np.mean([e.replicates for e in es], 0), luck=_luck(r, metric))
+                     for s, es in found.items()]
     return pd.DataFrame(rows, columns=['method', 'task', 'seed', 'metric', 'value', 'replicates', 'luck'])
 
 
@@ -382,22 +403,27 @@ def _calibration_pictures(study, part, errors, baseline, protocol, panels, resam
     mean = pd.Series({k: np.mean(list(v.values())) for k, v in off.items()})
     arms_ = list(dict.fromkeys([baseline if baseline in off else mean.index[0], mean.idxmin(), mean.idxmax()]))
     if len(tasks) > panels: tasks = sorted(tasks, key=lambda o: -max(off[m].get(o, 0) for m in arms_))[:panels]
-    chosen = part[part['arm'].isin(arms_) & part['task'].isin(tasks)].sort_values('task', key=lambda c: c.map(tasks.index), kind='stable')
+    chosen = part[part['arm'].isin(arms_) & part['task'].isin(tasks)]
+    chosen = chosen.sort_values('task', key=lambda c: c.map(tasks.index), kind='stable')
     bins, curves = [], []
     for r in chosen.to_dict('records'):
         names = dict(panel=f'{r["task"]}\nn = {r["n"]:,}', row=r['arm'], method=r['method'])
         bins.append(seen[r['arm'], r['task']].assign(**names))
         curves.append(risk_at_coverage(_together(r), resamples=resamples).assign(**names))
-    shown = f'{codes(arms_)} (the baseline, the best and the worst calibrated of {len(off)} arms)' if len(off) > 3 else codes(arms_)
-    fewer = f' The {panels} tasks of {part["task"].nunique()} where one of them is furthest off.' if part['task'].nunique() > panels else ''
-    caption = (f'{protocol_name(protocol).capitalize()}: how often it happened over the probability given (of the second class of two, of the decision, or of each label), '
-               f'{shown}, all trainings together, ten bins of equal width.{fewer} {provenance(study, chosen)}')
-    second = (f'{protocol_name(protocol).capitalize()}: error rate among the most certain share of predictions, with 95 % bands over patients, {shown}.'
-              f'{fewer} {provenance(study, chosen)}')
+    shown = codes(arms_)
+    if len(off) > 3: shown += f' (the baseline, the best and the worst calibrated of {len(off)} arms)'
+    if part['task'].nunique() > panels: shown += f', the {panels} tasks of {part["task"].nunique()} that are furthest off'
+    caption = (f'{_title(protocol)}: how often it happened over the probability given (of the second class of two, of the '
+               f'decision, or of each label), {shown}; all trainings together, ten bins of equal width. '
+               f'{provenance(study, chosen)}')
+    second = (f'{_title(protocol)}: error rate among the most certain share of predictions, with 95 % bands over patients, '
+              f'{shown}. {provenance(study, chosen)}')
     alt = 'mean distance from the diagonal: ' + '; '.join(f'{m} {mean[m]:.3f}' for m in arms_)
-    full = '; '.join(f'{c["panel"].iloc[0].partition(chr(10))[0]} {c["row"].iloc[0]} {c["value"].iloc[-1]:.3f}' for c in curves)
-    return [_picture(f'reliability-{protocol}', reliability_diagram(pd.concat(bins), ylabel='share that happened'), caption, alt, dpi=96),
-            _picture(f'risk-{protocol}', risk_coverage(pd.concat(curves)), second, f'error rate on all cases: {full}', dpi=96)]
+    ends = [(c['panel'].iloc[0].partition('\n')[0], c['row'].iloc[0], c['value'].iloc[-1]) for c in curves]
+    full = 'error rate on all cases: ' + '; '.join(f'{task} {m} {v:.3f}' for task, m, v in ends)
+    first = reliability_diagram(pd.concat(bins), ylabel='share that happened')
+    return [_picture(f'reliability-{protocol}', first, caption, alt, dpi=96),
+            _picture(f'risk-{protocol}', risk_coverage(pd.concat(curves)), second, full, dpi=96)]
 
 
 def _calibration_table(study, part, errors, protocol):
@@ -410,11 +436,14 @@ def _calibration_table(study, part, errors, protocol):
         bench = benchmark(_even(rows), families=families)
         found = aggregate(bench, lambda x: x.mean((-1, -2)), resamples=len(rows['replicates'].iloc[0])).set_index('method')
         columns[METRICS[metric].label] = {m: in_words(r) for m, r in found.iterrows()}
-        luck = rows.assign(family=rows['task'].map(families)).groupby(['method', 'family'])['luck'].mean().groupby('method').mean()
+        luck = rows.assign(family=rows['task'].map(families)).groupby(['method', 'family'])['luck'].mean()
+        luck = luck.groupby('method').mean()
         if luck.notna().all(): columns[f'{METRICS[metric].label} by luck'] = {m: f'{v:.3f}' for m, v in luck.items()}
     names = list(dict.fromkeys(part['arm']))
-    frame = pd.DataFrame({'arm': [f'`{o}`' for o in names]} | {k: [v.get(o, '–') for o in names] for k, v in columns.items()})
-    caption = (f'{protocol_name(protocol).capitalize()}: averaged over families, smaller is better, with 95 % intervals over trainings and patients.')
+    columns = {'arm': [f'`{o}`' for o in names]} | {k: [v.get(o, '–') for o in names] for k, v in columns.items()}
+    frame = pd.DataFrame(columns)
+    caption = (f'{_title(protocol)}: averaged over families, smaller is better, with 95 % intervals over trainings and '
+               'patients.')
     return [Table(frame, caption)]
 
 

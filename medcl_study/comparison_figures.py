@@ -19,7 +19,7 @@ from PIL import Image
 
 from .figures import GREY, INK, MARKERS, _drawn, _legend, _panels, _title, _wrap, colour, png
 
-# %% ../nbs/73a_comparison_figures.ipynb #5912915f
+# %% ../nbs/73a_comparison_figures.ipynb #27435c45
 def small_png(
     figure, # matplotlib figure
     *,
@@ -28,7 +28,8 @@ def small_png(
 ) -> bytes:
     "Render a figure with a palette; the same figure gives the same bytes."
     image, out = Image.open(io.BytesIO(png(figure, dpi=dpi))).convert('RGB'), io.BytesIO()
-    image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, 'png', optimize=True, dpi=(dpi, dpi))
+    image = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(out, 'png', optimize=True, dpi=(dpi, dpi))
     return out.getvalue()
 
 # %% ../nbs/73a_comparison_figures.ipynb #646f413f
@@ -130,7 +131,7 @@ def _band(ax, part, x, label, style):
     ax.plot(part[x], part['value'], color=c, lw=1.5, ls=style, label=label)
     ax.fill_between(part[x], part['low'], part['high'], color=c, alpha=.14, lw=0)
 
-# %% ../nbs/73a_comparison_figures.ipynb #735fabd3
+# %% ../nbs/73a_comparison_figures.ipynb #63950876
 @_drawn
 def reliability_diagram(
     table: pd.DataFrame, # panel, row, method, predicted, observed, low, high, count; one line per bin
@@ -169,10 +170,11 @@ def _bins(top, low, part, j, several, label, style):
     method, width = part['method'].iloc[0], .07 / several
     c, shift = colour(method), (j - (several - 1) / 2) * .012
     top.vlines(part['predicted'] + shift, part['low'], part['high'], color=c, lw=1.3, alpha=.8)
-    top.plot(part['predicted'] + shift, part['observed'], MARKERS.get(method, 'o'), ls=style, lw=.9, color=c, ms=4, mec='white', mew=.4, label=label)
+    top.plot(part['predicted'] + shift, part['observed'], MARKERS.get(method, 'o'), ls=style, lw=.9, color=c, ms=4,
+             mec='white', mew=.4, label=label)
     low.bar(part['predicted'] + (j - (several - 1) / 2) * width, part['count'], width, color=c, alpha=.8)
 
-# %% ../nbs/73a_comparison_figures.ipynb #5201b8ee
+# %% ../nbs/73a_comparison_figures.ipynb #087a69cb
 @_drawn
 def risk_coverage(
     table: pd.DataFrame, # panel, row, method, coverage, value, low, high
@@ -183,7 +185,8 @@ def risk_coverage(
     names, styles = list(dict.fromkeys(table['panel'])), _dashes(table)
     figure, axes, columns = _panels(names, columns, 2.3, sharex=True, sharey=True)
     for i, (name, ax) in enumerate(axes.items()):
-        for row, part in table[table['panel'] == name].groupby('row', sort=False): _band(ax, part, 'coverage', row, styles[row])
+        for row, part in table[table['panel'] == name].groupby('row', sort=False):
+            _band(ax, part, 'coverage', row, styles[row])
         _title(ax, name, 30 if columns > 2 else 46)
         ax.set(xlim=(0, 1), xlabel='share of cases kept' if i + columns >= len(names) else '')
         ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.xaxis.set_major_locator(FixedLocator([0, .5, 1]))
@@ -193,7 +196,7 @@ def risk_coverage(
     _legend(figure, list(axes.values())[0])
     return figure
 
-# %% ../nbs/73a_comparison_figures.ipynb #3c02fe8b
+# %% ../nbs/73a_comparison_figures.ipynb #f7e629ad
 _DIVERGING = LinearSegmentedColormap.from_list('better', ['#B35900', '#F4B183', '#FFFFFF', '#9DC3E6', '#1F5C99'])
 
 
@@ -222,7 +225,8 @@ def difference_map(
         a, b = (family[o] for o in (one, two))
         if a != b and max(size.count(a), size.count(b)) > 1: ax.axhline(y + .5, color=GREY, lw=.8, zorder=1)
     ax.set(xlim=(-.5, len(rows) + .5), ylim=(len(tasks) - .5, -.5))
-    ax.set_xticks(range(len(rows) + 1), [_wrap(o, 12) for o in [baseline, *rows]], rotation=40, ha='left', rotation_mode='anchor')
+    ax.set_xticks(range(len(rows) + 1), [_wrap(o, 12) for o in [baseline, *rows]], rotation=40, ha='left',
+                  rotation_mode='anchor')
     ax.set_yticks(range(len(tasks)), tasks)
     ax.xaxis.tick_top(); ax.grid(False); ax.tick_params(length=0)
     for spine in ax.spines.values(): spine.set_visible(False)
@@ -233,7 +237,8 @@ def _cell(ax, x, y, text, fill, told):
     "Draw one cell; framed and bold where the interval excludes zero."
     ax.add_patch(Rectangle((x - .48, y - .46), .96, .92, fc=fill, ec=INK if told else 'none', lw=1., zorder=2))
     dark = fill != 'white' and np.dot(fill[:3], (.3, .59, .11)) < .55
-    ax.text(x, y, text, ha='center', va='center', fontsize=7.5, color='white' if dark else INK, fontweight='bold' if told else 'normal', zorder=3)
+    ax.text(x, y, text, ha='center', va='center', fontsize=7.5, color='white' if dark else INK,
+            fontweight='bold' if told else 'normal', zorder=3)
 
 # %% ../nbs/73a_comparison_figures.ipynb #61b1ce2e
 @_drawn
