@@ -73,7 +73,7 @@ def _prompts(modality, classes):
     return {text: _alone(classes, c, sign) for sign, negative in ((1., False), (-1., True))
             for c, texts in zip(classes, prompts_for(classes, prompts, negative=negative)) for text in texts}
 
-# %% ../../nbs/62d_known_answer.ipynb #5809f6aa
+# %% ../../nbs/62d_known_answer.ipynb #b67f7c88
 @functools.lru_cache(maxsize=8)
 def _basis(count):
     "Return `count` orthonormal directions (count, WIDTH), always the same."
@@ -122,7 +122,8 @@ class Oracle:
 
 
 def _tensors(**arrays):
-    return Vectors(**{k: None if v is None else torch.from_numpy(v if v.dtype == bool else v.astype(np.float32)) for k, v in arrays.items()})
+    def tensor(o): return torch.from_numpy(o if o.dtype == bool else o.astype(np.float32))
+    return Vectors(**{k: None if v is None else tensor(v) for k, v in arrays.items()})
 
 
 def true_auroc(
