@@ -124,7 +124,8 @@ def keep(path, row):
     "Write a row beside those of other cases on this machine."
     about = {'format': 'medcl_study.probe_speed/1', 'environment': environment(), 'kind': 'cpu', 'device': device_name()}
     old = read_json(path) if path.exists() else about | {'rows': []}
-    rows = [o for o in old['rows'] if o['case'] != row['case']] if old['device'] == about['device'] else []
+    machine = lambda o: o['device'].rpartition(',')[0] # without its threads, which each row tells
+    rows = [o for o in old['rows'] if o['case'] != row['case']] if machine(old) == machine(about) else []
     write_json(path, about | {'rows': sorted([*rows, row], key=lambda o: [*CASES].index(o['case']))})
 
 
