@@ -45,7 +45,7 @@ class Logger(Callback):
     def _send(self, rows):
         for row in rows if rank() == 0 else (): self.send({k: v for k, v in row.items() if k != 'step'}, row['step'])
 
-# %% ../nbs/41_loggers.ipynb #9546ebff
+# %% ../nbs/41_loggers.ipynb #f96fd0df
 def _needs(module, extra):
     raise DataError(f'logging to {module} needs a package that is not here', remedy=f'pip install {extra}')
 
@@ -67,7 +67,7 @@ class WandB(Logger):
     "Log to Weights & Biases; its own environment variables say to which project, and `WANDB_MODE=offline` keeps it here."
     def begin(self):
         try: import wandb
-        except ImportError: _needs('wandb', 'wandb')
+        except ImportError: _needs('wandb', 'medcl_study[wandb]')
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(dir=str(self.folder), project=None, name=self.folder.name, reinit='finish_previous')
 

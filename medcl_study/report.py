@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['build_report', 'numbers', 'write_report']
 
-# %% ../nbs/75_report.ipynb #8c37de41
+# %% ../nbs/75_report.ipynb #5629c0fc
 from pathlib import Path
 
 import pandas as pd
 
 from . import sections
+from .benchmark_sections import benchmark_sections
 from .core import atomic
 from .pages import Code, Page, Section, write_page
 from .results import SHORTCUTS, Study, arms, differences, disagreements, read_study, results
 
-# %% ../nbs/75_report.ipynb #adfc167a
+# %% ../nbs/75_report.ipynb #c68ecd3e
 _HOW = [
     'Every number is recomputed from the prediction tables: one row per sample, with its patient or other group, its '
     'target and raw scores. Intervals resample groups, not images, class by class for class-index targets, and all arms '
@@ -42,6 +43,7 @@ def build_report(
     gaps = differences(table, baseline)
     parts = [sections.in_short(table, gaps, baseline), sections.classification(study, table, baseline),
              sections.retrieval(study, table, baseline), sections.against_baseline(study, table, gaps, baseline),
+             benchmark_sections(study, table, gaps, baseline),
              sections.chance(study, table), sections.training(study, baseline), sections.examples(study, baseline),
              sections.prompts(study, baseline), sections.spread(table), sections.left_out(study), sections.runs(study),
              [Section('How the numbers are made', _HOW)]]

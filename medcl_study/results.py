@@ -120,7 +120,7 @@ def arms(
         named[run] = Arm(' '.join([method] + [f'{k}={settings[k]}' for k in sorted(differ)]), method)
     return named
 
-# %% ../nbs/71_results.ipynb #9f06bb47
+# %% ../nbs/71_results.ipynb #485277bc
 @dataclass(frozen=True)
 class Single:
     "One training (or one random start) on one task: its predictions and estimate."
@@ -158,7 +158,7 @@ def results(
         for (run, draw), frame in frames.items():
             arm = Arm(protocol, '') if protocol in SHORTCUTS else arm_of[run]
             if protocol in SHORTCUTS and arm in by_arm: continue
-            frame.attrs = study.predictions.attrs
+            frame.attrs = {'tasks': {name: study.predictions.attrs['tasks'][name]}} # pandas copies it at every access
             by_arm.setdefault(arm, []).append(Single(run, study.records[run]['run'].get('seed', 0), frame,
                                                      measure(frame, resamples=resamples)))
         by_arm = {arm: [_over_draws([o for o in parts if o.run == run]) for run in dict.fromkeys(o.run for o in parts)]

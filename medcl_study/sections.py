@@ -92,7 +92,7 @@ def _grid(table, caption, *, signed=False):
     columns = {task: [cells.get((task, o), '–') for o in names] for task in tasks}
     return Table(pd.DataFrame({'arm': [f'`{o}`' for o in names]} | columns), caption)
 
-# %% ../nbs/74_sections.ipynb #b9718019
+# %% ../nbs/74_sections.ipynb #90d4e497
 def _verdict(low, high, reference=0):
     "Say where an interval lies."
     return 'above' if low > reference else 'below' if high < reference else 'not told apart from'
@@ -103,7 +103,7 @@ def _against_floor(table, protocol, baseline):
     verdicts, rows = {}, table[(table['protocol'] == protocol) & (table['arm'] == baseline)].to_dict('records')
     for row in [o for o in rows if not o['metric'].startswith('recall')]:
         rivals = table[(table['task'] == row['task']) & table['protocol'].isin(SHORTCUTS)]
-        if rivals.empty and row['chance'] is None: continue
+        if rivals.empty and pd.isna(row['chance']): continue
         if rivals.empty: key, detail = (_verdict(row['low'], row['high'], row['chance']), 'chance'), in_words(row)
         else:
             best = rivals.loc[rivals['value'].idxmax()]
