@@ -45,7 +45,7 @@ def _eval_results(record, hub):
         files.setdefault(task, []).append(EvalResultEntry(hub[task], f'{task}_{protocol}', round(o['value'], 6), notes=notes))
     return files
 
-# %% ../nbs/77_cards.ipynb #5a6c04f1
+# %% ../nbs/77_cards.ipynb #b522bb5a
 def _table(record):
     lines = ['| task | protocol | metric | value | 95 % interval | n | groups |', '|---|---|---|---|---|---|---|']
     for task, protocol, o in _primary(record):
@@ -68,11 +68,13 @@ def model_card(
     trained, steps = record['trained'], [f'{k}: {v}' for k, v in run.items() if k not in ('tasks', 'workers', 'devices')]
     return '\n'.join([
         '---', header.to_yaml(), '---', '', f'# {name}', '', f'**{_CLINIC}**', '',
-        f'An image–text encoder trained by {method.label} ({method.source}) with `medcl_study`, on {run["data"]} pairs, seed {run["seed"]}. '
+        f'An image–text encoder trained by {method.label} ({method.source}) with `medcl_study`, on {run["data"]} pairs, '
+        f'seed {run["seed"]}. '
         f'Data seen in training or evaluation: {record["source"]}.', '',
         '## Use', '', '```python', 'from medcl_study.encoders.checkpoints import load_encoder', '', "encoder = load_encoder('this/folder')",
         "encoder.encode_image(images).global_ @ encoder.encode_text(['evidence of pneumothorax.']).global_.T # images: uint8 (n, c, h, w)",
-        '```', '', '## Results', '', 'Test rows were never trained on; intervals resample patients or other groups.', '', _table(record), '',
+        '```', '', '## Results', '', 'Test rows were never trained on; intervals resample patients or other groups.', '',
+        _table(record), '',
         '## How it was made', '', f'Revision {trained["revision"]}, training code {trained["code"]}, {trained["device"]}.', '',
         '; '.join(steps) + '.', '', '## Limits', '',
         'Results on phantoms or twins (drawings with known truth) say whether code and method work, and nothing about patients. '
@@ -83,7 +85,7 @@ def _trained_method(record):
     if 'trained' not in record: raise DataError(f'run {record.get("id")!r} has no trained encoder', remedy='Share a run of a method.')
     return find_method(record['run']['method'])
 
-# %% ../nbs/77_cards.ipynb #e0a128b8
+# %% ../nbs/77_cards.ipynb #80212d78
 def share(
     record: dict | str | Path, # of a finished run, or its file
     folder, # made if missing
@@ -99,7 +101,8 @@ def share(
         raise DataError('the encoder of this run is not here', file=source,
                         remedy='Encoders are kept under MEDCL_WORK by the code that trained them; run it again.')
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    files = {f'.eval_results/{task}.yaml': yaml_dump(eval_result_entries_to_yaml(o)) for task, o in _eval_results(record, hub or {}).items()}
+    results = {f'.eval_results/{task}.yaml': o for task, o in _eval_results(record, hub or {}).items()}
+    files = {name: yaml_dump(eval_result_entries_to_yaml(o)) for name, o in results.items()}
     for name, text in ({'README.md': card} | files).items():
         with atomic(folder/name) as tmp: tmp.write_text(text, encoding='utf-8')
     return folder

@@ -206,7 +206,7 @@ def lock(
         owner.unlink(missing_ok=True)
         guard.release()
 
-# %% ../nbs/00_core.ipynb #98073c4d
+# %% ../nbs/00_core.ipynb #96986043
 _LIBRARIES = ('torch', 'torchvision', 'timm', 'transformers', 'fastai', 'numpy', 'pandas', 'scikit-learn', 'scipy', 'pillow')
 
 
@@ -223,12 +223,13 @@ def _git(*args):
 
 @functools.cache
 def code_hash(
-    *parts: str, # modules and subpackages that count, such as 'trainer' or 'data'; none = everything
+    *parts: str, # modules and subpackages that count, such as 'trainer' or 'data.sets'; none = everything
 ) -> str:
     "Hash the package's exported source, file by file in name order."
     root = Path(__file__).parent
     files = sorted(o for o in root.rglob('*.py') if o.name != '_modidx.py')
-    if parts: files = [o for o in files if o.relative_to(root).with_suffix('').parts[0] in parts]
+    name = lambda o: '.'.join(o.relative_to(root).with_suffix('').parts)
+    if parts: files = [o for o in files if any(f'{name(o)}.'.startswith(f'{part}.') for part in parts)]
     return content_hash(*(part for o in files for part in (o.relative_to(root).as_posix(), o)))
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOGGERS', 'Logger', 'TensorBoard', 'WandB', 'find_logger']
 
-# %% ../nbs/41_loggers.ipynb #71f9590e
+# %% ../nbs/41_loggers.ipynb #d621ae4c
+import importlib
 from pathlib import Path
 
 from fastai.callback.core import Callback
@@ -45,7 +46,7 @@ class Logger(Callback):
     def _send(self, rows):
         for row in rows if rank() == 0 else (): self.send({k: v for k, v in row.items() if k != 'step'}, row['step'])
 
-# %% ../nbs/41_loggers.ipynb #f96fd0df
+# %% ../nbs/41_loggers.ipynb #2f3f48bd
 def _needs(module, extra):
     raise DataError(f'logging to {module} needs a package that is not here', remedy=f'pip install {extra}')
 
@@ -66,8 +67,8 @@ class TensorBoard(Logger):
 class WandB(Logger):
     "Log to Weights & Biases; its own environment variables say to which project, and `WANDB_MODE=offline` keeps it here."
     def begin(self):
-        try: import wandb
-        except ImportError: _needs('wandb', 'medcl_study[wandb]')
+        try: wandb = importlib.import_module('wandb') # not among the requirements: it is large, and wants an account
+        except ImportError: _needs('wandb', 'wandb')
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(dir=str(self.folder), project=None, name=self.folder.name, reinit='finish_previous')
 

@@ -138,8 +138,11 @@ def pretrain(
     return train(encoder.to(device), method_loss(run.method), loaders, config, folder=folder, progress=progress,
                  callbacks=callbacks)
 
-# %% ../nbs/69a_pretraining.ipynb #ba5b1601
-TRAINS = ('core', 'embeddings', 'data', 'encoders', 'losses', 'methods', 'trainer', 'pretext', 'settings', 'pretraining') # what takes part
+# %% ../nbs/69a_pretraining.ipynb #ec093769
+TRAINS = ( # what takes part
+    'core', 'embeddings', *(f'data.{o}' for o in ('text', 'reports', 'regions', 'pairs', 'phantom', 'phantoms', 'procedural', 'images',
+                                                  'loaders', 'sets', 'corpora', 'shards')),
+    'encoders', 'losses', 'methods', 'trainer', 'pretext', 'settings', 'pretraining')
 
 
 def training_folder(run: Run) -> Path: return work_folder()/'encoders'/f'{training_id(run)}-{code_hash(*TRAINS)}'

@@ -173,7 +173,7 @@ def score_entries(
         frames += SCORE[o.entry.protocol](o, store, reading, run.scored)
     return concat_predictions(frames)
 
-# %% ../nbs/69b_scoring.ipynb #926922fa
+# %% ../nbs/69b_scoring.ipynb #2e385f31
 def evaluate(
     model, # see encoders.adapters.as_encoder
     suite='benchmark25', # key of SUITES, or a list of entries
@@ -206,5 +206,6 @@ def _entries(suite, missing):
     folder = lambda o: (TASKS | SAMPLE_SETS)[o.set].folder if o.set in TASKS | SAMPLE_SETS else ''
     absent = [o for o in entries if folder(o) and not (data_root()/folder(o)).exists()] if missing == 'skip' else []
     if absent: warnings.warn(f'not below MEDCL_DATA and left out: {", ".join(map(str, absent))}')
-    if len(absent) == len(entries): raise DataError('no data of this suite', file=data_root(), remedy='`medcl_data status` says how to get it.')
+    if len(absent) == len(entries):
+        raise DataError('no data of this suite', file=data_root(), remedy='`medcl_data status` says how to get it.')
     return [o for o in entries if o not in absent]

@@ -72,7 +72,7 @@ def from_estimate(
     smallest = smallest_difference(e.error, freedom=e.freedom, level=level)
     return Comparison(e.value, e.low, e.high, float(p), smallest, 'bootstrap', e.n, e.groups)
 
-# %% ../nbs/51a_significance.ipynb #46ce5bfa
+# %% ../nbs/51a_significance.ipynb #f36d7c5e
 def delong_covariance(
     scores, # (methods, n) score of the positive class
     targets, # (n,) 0 or 1
@@ -102,7 +102,8 @@ def _paired(scores, targets, groups, clustered=True):
     groups = np.arange(scores.shape[1]) if groups is None else np.asarray(groups)
     if not scores.shape[1] == len(targets) == len(groups):
         raise ValueError(f'{scores.shape[1]} scores, {len(targets)} targets and {len(groups)} groups do not match')
-    if not np.isfinite(scores).all(): raise ValueError(f'{(~np.isfinite(scores)).any(0).sum()} samples have a score that is NaN or infinite')
+    bad = ~np.isfinite(scores).all(0)
+    if bad.any(): raise ValueError(f'{bad.sum()} samples have a score that is NaN or infinite')
     if not np.isin(targets, (0, 1)).all(): raise ValueError('targets must be 0 or 1')
     _independent(groups, clustered)
     return scores, targets, groups

@@ -21,7 +21,7 @@ from .methods import find_method
 from .pretraining import Unavailable, image_weights, text_parts
 from .settings import BASELINES, Run, _corpora, make_run, overrides, packed, pair_part, run_id, set_corpus
 
-# %% ../nbs/70a_studies.ipynb #d61bb020
+# %% ../nbs/70a_studies.ipynb #02d40932
 def _grid(methods, seeds, *, each=lambda method: {}, **settings):
     "List the runs of a study: baselines once, each method with each seed; `each` says in what a method differs."
     runs = [make_run(settings, method=o) for o in BASELINES]
@@ -44,8 +44,8 @@ _LARGE = {'image_size': 224, 'image_tower': 'vit_small_patch16_224', 'text_tower
 _APPROACHES = ('clip', 'lock_image', 'lock_text', 'flip', 'uni_image', 'uni_masked', 'coca', 'filip') # of the benchmark, trained alike
 _TWINS = {'modality': 'mixed', 'channels': 3, 'train_pairs': 3000, 'valid_pairs': 256, 'epochs': 4, 'draws': 3}
 _CORPORA = _LARGE | {'data': 'pmc_oa+quilt_1m+mimic_cxr_all+roco', 'stream': False, 'channels': 3, 'augmentation': 'crop', 'epochs': 20,
-                     'image_tower': 'vit_base_patch16_clip_224.openai', 'image_init': 'hub', 'dim': 512, 'batch_size': 512, 'accumulation': 4,
-                     'lr': 5e-5, 'warmup': 0.0, 'workers': 8}
+                     'image_tower': 'vit_base_patch16_clip_224.openai', 'image_init': 'hub', 'dim': 512, 'batch_size': 512,
+                     'accumulation': 4, 'lr': 5e-5, 'warmup': 0.0, 'workers': 8}
 _TRUTHS = {'train_pairs': 2000, 'test_pairs': 500, 'draws': 1, 'tasks': (
     'phantom/vqa', 'phantom/segmentation_linear', 'phantom/segmentation_frozen', 'phantom/detection_frozen', 'phantom/detection_finetuned')}
 
@@ -121,7 +121,8 @@ def _needed(run):
     "List what has to lie below the data root for a run."
     folders = [(TASKS | SAMPLE_SETS)[o].folder for o in run.sets] + ['pretrain_pairs.jsonl'] * (run.data == 'sample')
     if Path(run.data).suffix in MANIFESTS: folders.append(run.data)
-    elif run.data not in ('phantom', 'sample') and not run.sharded: folders += [CORPORA[o].folder for o in _corpora(run.data)[0] if o in CORPORA]
+    elif run.data not in ('phantom', 'sample') and not run.sharded:
+        folders += [CORPORA[o].folder for o in _corpora(run.data)[0] if o in CORPORA]
     return [data_root()/o for o in folders] if folders or not (run.data == 'phantom' or run.sharded) else []
 
 

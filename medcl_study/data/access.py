@@ -481,7 +481,7 @@ def _describe(given):
 def _group_tiles(given):
     for tissue, tiles in group_tiles(_root(given)/DATA_SETS['lc25000_colon'].folder).items(): print(f'{tissue:10} {tiles:,} tiles')
 
-# %% ../../nbs/19e_access.ipynb #bfcffdf7
+# %% ../../nbs/19e_access.ipynb #1dc3335d
 _NAME = ('name', {'help': 'name of a data set; `medcl_data status` lists them'})
 _ONE_OR_ALL = ('name', {'help': 'name of a data set, or all'})
 _COMMANDS = { # command → function, help, example, arguments
@@ -516,7 +516,8 @@ def _parser():
                                   epilog=f'Example: medcl_data {example}')
         one.set_defaults(do=do)
         for argument, options in arguments: one.add_argument(argument, **options)
-        if name not in ('twin', 'describe'): one.add_argument('--root', help='folder of all data sets; default: the environment variable MEDCL_DATA')
+        if name in ('twin', 'describe'): continue
+        one.add_argument('--root', help='folder of all data sets; default: the environment variable MEDCL_DATA')
     return parser
 
 
