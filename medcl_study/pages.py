@@ -139,7 +139,7 @@ def _table_html(table):
     caption = f'<caption>{_inline(table.caption)}</caption>' if table.caption else ''
     return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../nbs/72_pages.ipynb #932b72b6
+# %% ../nbs/72_pages.ipynb #b03e2fa9
 def to_markdown(
     page: Page,
     *,
@@ -159,7 +159,8 @@ def _block_markdown(block, figures):
     if isinstance(block, list): return '\n'.join(f'- {_text(o)}' for o in block)
     if isinstance(block, Code): return f'```python\n{block.text}\n```'
     if isinstance(block, Picture):
-        return f'![{_text(block.alt)}]({figures}/{block.name}.png)\n\n*{_text(block.caption)}*'
+        alt = _text(block.alt).replace('[', '(').replace(']', ')') # brackets end a link's text
+        return f'![{alt}]({figures}/{block.name}.png)\n\n*{_text(block.caption)}*'
     def line(cells): return '| ' + ' | '.join(_text(o).replace('|', '\\|').replace('\n', '<br>') for o in cells) + ' |'
     rows = [line(block.frame.columns), '|' + ' --- |' * len(block.frame.columns)]
     rows += [line(o) for o in block.frame.itertuples(index=False)]
