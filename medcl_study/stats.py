@@ -93,7 +93,7 @@ def _skew(influences):
     second, third = (sum((o**p).sum() / len(o)**p for o in influences) for p in (2, 3))
     return float(third / 6 / second**1.5) if second > 1e-24 else 0.
 
-# %% ../nbs/51_stats.ipynb #5b15f9d7
+# %% ../nbs/51_stats.ipynb #291eb976
 def standard_error(
     statistic: Callable, # weights (b, n) -> (b,)
     resamples: Resamples,
@@ -105,7 +105,7 @@ def standard_error(
     sizes, influences = zip(*_influences(statistic, resamples))
     groups, seen = np.array(sizes), np.array([(o**2).mean() / len(o) for o in influences])
     rest = max(1, groups.sum() - len(groups))
-    if not smooth or seen.sum() < 1e-24: return float(np.std(replicates) * (1 + 1 / rest)**.5), float(rest), 0.
+    if not smooth or seen.max() < 1e-18: return float(np.std(replicates) * (1 + 1 / rest)**.5), float(rest), 0.
     heavy = np.array([(o**4).mean() / max((o**2).mean(), 1e-18)**2 for o in influences])
     parts, silent = seen * groups / np.maximum(1, groups - 1), seen < 1e-18
     added = np.where(silent, (parts * groups)[~silent].mean() / (groups + 1.5) / groups, 0)
