@@ -353,6 +353,20 @@ def test_console_scripts_exist():
         assert name in {o.name for o in tree.body if isinstance(o, ast.FunctionDef)}, f'{script} points nowhere'
 
 
+@pytest.mark.slow
+def test_wheel_installs_and_imports(tmp_path):
+    "Outside of the repository, from the wheel alone (its requirements are those installed here)."
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
+    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path, ROOT], check=True)
+    wheel = next(tmp_path.glob('medcl_study-*.whl'))
+    subprocess.run([*pip, 'install', '--no-deps', '--target', tmp_path/'site', wheel], check=True)
+    assert {o.name for o in (tmp_path/'site').iterdir()} == {'medcl_study', 'bin', wheel.name.replace('-py3-none-any.whl', '.dist-info')}
+    code = f"import importlib, medcl_study\nfor o in {list(MODULES)}: importlib.import_module(f'medcl_study.{{o}}')\nprint(medcl_study.__file__)"
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(tmp_path/'site')})
+    assert done.stdout.startswith(str(tmp_path/'site')), done.stderr[-2000:]
+
+
 # ---- the README keeps its word
 
 README = (ROOT/'README.md').read_text(encoding='utf-8')
