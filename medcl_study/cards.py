@@ -45,7 +45,7 @@ def _eval_results(record, hub):
         files.setdefault(task, []).append(EvalResultEntry(hub[task], f'{task}_{protocol}', round(o['value'], 6), notes=notes))
     return files
 
-# %% ../nbs/77_cards.ipynb #b522bb5a
+# %% ../nbs/77_cards.ipynb #18260db3
 def _table(record):
     lines = ['| task | protocol | metric | value | 95 % interval | n | groups |', '|---|---|---|---|---|---|---|']
     for task, protocol, o in _primary(record):
@@ -82,7 +82,8 @@ def model_card(
 
 
 def _trained_method(record):
-    if 'trained' not in record: raise DataError(f'run {record.get("id")!r} has no trained encoder', remedy='Share a run of a method.')
+    if 'trained' not in record: raise DataError(f'run {record.get("id")!r} has no trained encoder',
+                                                remedy='Share a run of a method, recorded by this version; else run it again.')
     return find_method(record['run']['method'])
 
 # %% ../nbs/77_cards.ipynb #80212d78

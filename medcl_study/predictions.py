@@ -65,7 +65,7 @@ class Task:
         "Return the fields as JSON holds them."
         return dataclasses.asdict(self) | {'classes': list(self.classes)}
 
-# %% ../nbs/52_predictions.ipynb #5daa8264
+# %% ../nbs/52_predictions.ipynb #04ab987e
 COLUMNS = ('run', 'task', 'protocol', 'prompt_set', 'draw', 'id', 'group', 'target', 'scores')
 _KEY = ['run', 'task', 'protocol', 'prompt_set', 'draw', 'id']
 
@@ -83,6 +83,10 @@ def prediction_rows(
     draw: int = 0, # number of a repeated random draw
 ) -> pd.DataFrame: # COLUMNS; `attrs['tasks']` holds the task
     "Make the prediction table of one task and protocol, scores rounded to float32; raises `DataError`."
+    for name, values in (('id', ids), ('group', () if groups is None else groups)):
+        bad = np.flatnonzero(pd.isna(np.asarray(values, object)))
+        if len(bad): raise DataError(f'no {name} given for {len(bad)} rows of task {task.name!r}', row=int(bad[0]) + 1,
+                                     remedy='A sample without a group is its own: give its id.')
     ids, groups = np.asarray(ids).astype(str), np.asarray(ids if groups is None else groups).astype(str)
     target, scores = (_per_row(o, ragged=task.kind == 'detection') for o in (targets, scores))
     for name, size in (('targets', len(target)), ('scores', len(scores)), ('groups', len(groups))):
@@ -224,7 +228,7 @@ def _check_boxes(task, rows, file):
     bad = rows['scores'].map(len).to_numpy() > MOST_BOXES * PREDICTED_WIDTH
     if bad.any(): raise _row_error(rows, bad, f'more than {MOST_BOXES} predicted boxes', file, 'Keep the best ones.')
 
-# %% ../nbs/52_predictions.ipynb #dcb3282e
+# %% ../nbs/52_predictions.ipynb #70c411f9
 _TYPES = {'draw': pa.int16(), 'target': pa.list_(pa.int32()), 'scores': pa.list_(pa.float32())}
 SCHEMA = pa.schema([(o, _TYPES.get(o, pa.string())) for o in COLUMNS])
 
@@ -243,7 +247,7 @@ def _as_parquet(frame):
     tasks = {name: task.as_dict() for name, task in tasks_of(frame).items()}
     table = pa.Table.from_pandas(frame[list(COLUMNS)], SCHEMA, preserve_index=False)
     table = table.replace_schema_metadata({'tasks': json.dumps(tasks, sort_keys=True)})
-    pq.write_table(table, buffer := io.BytesIO(), compression='zstd', compression_level=9,
+    pq.write_table(table, buffer := io.BytesIO(), compression='zstd', compression_level=9, write_page_checksum=True,
                    use_byte_stream_split=['scores.list.element'],
                    use_dictionary=[o for o in COLUMNS if o not in _TYPES] + ['draw', 'target.list.element'])
     return buffer.getvalue()
@@ -257,9 +261,9 @@ def read_predictions(
         files = sorted(Path(path).rglob('*.parquet'))
         if not files: raise DataError('no predictions', path, remedy='Finish a run first.')
         return concat_predictions([read_predictions(o) for o in files])
-    try: table = pq.read_table(path)
+    try: table = pq.read_table(path, page_checksum_verification=True)
     except FileNotFoundError: raise DataError('no such file', path) from None
-    except (OSError, pa.ArrowInvalid) as e: raise DataError(f'not a readable Parquet file ({e})', path) from None
+    except (OSError, ValueError) as e: raise DataError(f'not a readable Parquet file ({e})', path) from None # ArrowInvalid is a ValueError
     frame = table.replace_schema_metadata().to_pandas()
     frame.attrs['tasks'] = json.loads((table.schema.metadata or {}).get(b'tasks', b'{}'))
     return check_predictions(frame, path)
@@ -339,7 +343,7 @@ def gather_predictions(
     for o in set(loose) - set(written): o.unlink()
     return written
 
-# %% ../nbs/52_predictions.ipynb #56b85c37
+# %% ../nbs/52_predictions.ipynb #6861a057
 def arrays_of(
     task: Task,
     rows: pd.DataFrame, # predictions of one model and variant
@@ -401,7 +405,10 @@ class _Block:
         self.draws = stats.resample(self.groups, strata, resamples=resamples, seed=seed)
 
     def on(self, metric):
-        "Return the block of those rows that a metric reads."
+        "Return the block of those rows that a metric reads; raises ValueError for one that the task does not define."
+        if metric not in METRICS or self.task.kind not in METRICS[metric].kinds:
+            known = ', '.join(o for o, row in METRICS.items() if self.task.kind in row.kinds)
+            raise ValueError(f'{metric!r} is no metric of a {self.task.kind} task; these are {known}')
         reads = METRICS[metric].reads
         if reads is None or not (kept := reads(self.targets)).any(): return self
         return _Block(_selected(self.frame, self.frame['id'].isin(self.ids[kept])), self.resamples, self.seed)

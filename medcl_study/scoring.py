@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORE', 'EvaluationSet', 'evaluation_set', 'Reading', 'score_entries', 'evaluate']
 
-# %% ../nbs/69b_scoring.ipynb #5bd15a0d
+# %% ../nbs/69b_scoring.ipynb #d9a20745
 import dataclasses
 import tempfile
 import warnings
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import DataError, data_root
+from .core import DataError
 from .data.phantom import MODALITIES, phantom_corpus
 from .data.sets.base import twin_prompts
 from .data.sets.sample import SAMPLE_SETS, sample_prompts
 from .data.tasks import CLASSIFICATION, PROTOCOLS, SUITES, TASKS, Entry, parse_entry
 from .data.text import PROMPTS
-from .encoders.adapters import as_encoder
+from .encoders.adapters import Adapter, as_encoder
 from .evaluation.detection import detection
 from .evaluation.features import FeatureStore, Scorer
 from .evaluation.finetune import finetune
@@ -173,39 +173,57 @@ def score_entries(
         frames += SCORE[o.entry.protocol](o, store, reading, run.scored)
     return concat_predictions(frames)
 
-# %% ../nbs/69b_scoring.ipynb #2e385f31
+# %% ../nbs/69b_scoring.ipynb #3f7256e7
 def evaluate(
     model, # see encoders.adapters.as_encoder
     suite='benchmark25', # key of SUITES, or a list of entries
     *,
     tokenizer=None, # of a model of open_clip or Hugging Face
     name: str = 'model', # stands in the column `run`
-    folder=None, # keeps features from call to call; None: only for this one
+    folder=None, # keeps features from call to call, of models with weights; None: only for this one
     reading: Reading = Reading(),
     missing: str = 'raise', # or 'skip': entries whose data are not below MEDCL_DATA are warned of
     **settings, # fields of settings.Run that say what is scored: image_size, channels, modality, test_pairs, …
 ) -> pd.DataFrame: # predictions
     "Score any model on a suite; raises `DataError` for an unknown suite, missing data, or a set that cannot be read."
-    entries, encoder = _entries(suite, missing), as_encoder(model, tokenizer)
+    encoder = as_encoder(model, tokenizer)
+    entries = _entries(suite, missing, whole=not isinstance(encoder, Adapter))
     seen = {k: v for k in ('image_size', 'channels') if (v := getattr(getattr(encoder, 'config', None), k, None))}
     size = getattr(encoder, 'size', None)
-    run = make_run({'channels': 3} | seen | ({'image_size': size} if size else {}) | settings,
+    run = make_run({'channels': 3, 'image_size': 224} | seen | ({'image_size': size} if size else {}) | settings,
                    tasks=[str(o) for o in entries])
     with tempfile.TemporaryDirectory() as own:
-        frame = score_entries(entries, encoder, run, folder=folder or own, reading=reading)
+        keep = folder if getattr(encoder, 'lasting', True) else None
+        frame = score_entries(entries, encoder, run, folder=keep or own, reading=reading)
     attrs, frame = frame.attrs, frame.assign(run=name)
     frame.attrs.update(attrs)
     return frame
 
 
-def _entries(suite, missing):
-    "List the entries of a suite, and leave out those whose data are missing if that is wished."
+_OF_PATCHES = ('vqa', 'grounding', 'segmentation', 'detection') # protocols that read patches or words
+
+
+def _entries(suite, missing, whole):
+    "List the entries of a suite, and leave out what is missing if that is wished: data, or patches of an encoder."
     if isinstance(suite, str) and suite not in SUITES: raise DataError(f'no suite {suite!r}', remedy=f'Known are {", ".join(SUITES)}.')
     if missing not in ('raise', 'skip'): raise ValueError(f"missing is {missing!r}; expected 'raise' or 'skip'")
     entries = [parse_entry(o) for o in (SUITES[suite] if isinstance(suite, str) else suite)]
-    folder = lambda o: (TASKS | SAMPLE_SETS)[o.set].folder if o.set in TASKS | SAMPLE_SETS else ''
-    absent = [o for o in entries if folder(o) and not (data_root()/folder(o)).exists()] if missing == 'skip' else []
-    if absent: warnings.warn(f'not below MEDCL_DATA and left out: {", ".join(map(str, absent))}')
-    if len(absent) == len(entries):
-        raise DataError('no data of this suite', file=data_root(), remedy='`medcl_data status` says how to get it.')
-    return [o for o in entries if o not in absent]
+    reasons = {o: why for o in entries if (why := _lacking(o, whole))}
+    if reasons and missing == 'raise':
+        entry, why = next(iter(reasons.items()))
+        raise DataError(f'{entry}: {why} ({len(reasons)} of {len(entries)} entries cannot be scored)',
+                        remedy="Get the data (`medcl_data status`), ask for fewer entries, or pass missing='skip'.")
+    for why in dict.fromkeys(reasons.values()):
+        warnings.warn(f'left out, {why}: {", ".join(str(o) for o, w in reasons.items() if w == why)}')
+    if len(reasons) == len(entries): raise DataError('nothing of this suite can be scored: ' + '; '.join(dict.fromkeys(reasons.values())))
+    return [o for o in entries if o not in reasons]
+
+
+def _lacking(entry, whole):
+    "Say why an entry cannot be scored, or ''."
+    if not whole and entry.protocol.partition('_')[0] in _OF_PATCHES:
+        return 'this encoder gives no patches (encoders.checkpoints.load_checkpoint makes one that does of a saved model)'
+    if entry.set not in TASKS | SAMPLE_SETS: return ''
+    try: set_corpus(entry.set)
+    except DataError as e: return str(e)
+    return ''

@@ -93,7 +93,7 @@ def _skew(influences):
     second, third = (sum((o**p).sum() / len(o)**p for o in influences) for p in (2, 3))
     return float(third / 6 / second**1.5) if second > 1e-24 else 0.
 
-# %% ../nbs/51_stats.ipynb #291eb976
+# %% ../nbs/51_stats.ipynb #0633c29d
 def standard_error(
     statistic: Callable, # weights (b, n) -> (b,)
     resamples: Resamples,
@@ -104,7 +104,8 @@ def standard_error(
     "Correct the spread of the replicates for few groups, silent strata and the mix of classes; the formulas are above."
     sizes, influences = zip(*_influences(statistic, resamples))
     groups, seen = np.array(sizes), np.array([(o**2).mean() / len(o) for o in influences])
-    rest = max(1, groups.sum() - len(groups))
+    if groups.sum() == len(groups): return np.inf, 1., 0. # one group of each class says nothing of others
+    rest = groups.sum() - len(groups)
     if not smooth or seen.max() < 1e-18: return float(np.std(replicates) * (1 + 1 / rest)**.5), float(rest), 0.
     heavy = np.array([(o**4).mean() / max((o**2).mean(), 1e-18)**2 for o in influences])
     parts, silent = seen * groups / np.maximum(1, groups - 1), seen < 1e-18
@@ -202,7 +203,7 @@ def squares_interval(
     centre, half = 2 * value**2 - squares.mean(), _quantiles(level, freedom)[1] * squares.std()
     return float(max(0., centre - half)**.5), float(max(0., centre + half)**.5)
 
-# %% ../nbs/51_stats.ipynb #83c09f08
+# %% ../nbs/51_stats.ipynb #0ef6d929
 @dataclass(frozen=True)
 class Estimate:
     "A value, its 95 % interval, what that rests on, and what to keep in mind."
@@ -233,16 +234,21 @@ def estimate(
     n, groups, usable = len(resamples.group_of), resamples.counts.shape[1], replicates[np.isfinite(replicates)]
     error, freedom, skew = standard_error(statistic, resamples, usable, smooth=smooth)
     size = _effective_size(value, usable, n, groups)
-    if share and size * min(value, 1 - value) < 10: interval, method = wilson_interval(value, size, level=level), 'wilson'
+    if not np.isfinite(error): interval, method = ((0., 1.) if share or trials or distance else (-np.inf, np.inf)), 't'
+    elif share and size * min(value, 1 - value) < 10: interval, method = wilson_interval(value, size, level=level), 'wilson'
     elif distance and value > 0: interval, method = squares_interval(value, usable, freedom, level=level), 'squares'
     elif trials and value in (0, 1): interval, method = wilson_interval(value, trials, level=level), 'wilson'
     elif (share or trials) and smooth and 0 < value < 1 and error > 0:
         interval, method = t_interval(_unbiased(value, usable, error), error, freedom, level=level, odds=True), 't'
     else: interval, method = _quantile_interval(value, usable, error, freedom, skew, smooth, level)
     notes = _cautions(groups, trials, 1 - len(usable) / len(replicates))
+    if not np.isfinite(error): notes += _ALONE
     if method == 'bca' and freedom < 12: notes += ('a few groups make up most of the spread: the interval may be too short',)
     if method == 'squares' and interval[0] == 0: notes += ('cannot be told from 0: noise alone makes it as large',)
     return Estimate(value, *interval, method, n, groups, notes, replicates, error, freedom)
+
+
+_ALONE = 'no class has a second group, so nothing is known of others',
 
 
 def _replicated(statistic, resamples):
@@ -279,7 +285,7 @@ def _cautions(groups, trials, undefined):
     if undefined > .01: notes.append(f'{undefined:.0%} of the resamples lack a class and are left out')
     return tuple(notes)
 
-# %% ../nbs/51_stats.ipynb #0cc1db86
+# %% ../nbs/51_stats.ipynb #3021fa54
 def paired_difference(
     first: Callable, # weights (b, n) -> (b,)
     second: Callable, # the same for the other method, over the same samples
@@ -295,12 +301,13 @@ def paired_difference(
     usable, groups = replicates[np.isfinite(replicates)], resamples.counts.shape[1]
     error, freedom, skew = standard_error(statistic, resamples, usable, smooth=smooth)
     interval, method = t_interval(value, error, freedom, level=level), 't'
-    if not smooth: interval, method = _quantile_interval(value, usable, error, freedom, skew, False, level)
+    if not smooth and np.isfinite(error): interval, method = _quantile_interval(value, usable, error, freedom, skew, False, level)
     notes = _cautions(groups, trials, 1 - len(usable) / len(replicates))
-    if np.ptp(usable) == 0: notes += ('no resample tells the two apart',)
+    if not np.isfinite(error): notes += _ALONE
+    elif np.ptp(usable) == 0: notes += ('no resample tells the two apart',)
     return Estimate(value, *interval, method, len(resamples.group_of), groups, notes, replicates, error, freedom)
 
-# %% ../nbs/51_stats.ipynb #87fe9f2c
+# %% ../nbs/51_stats.ipynb #b8dd0425
 @dataclass(frozen=True)
 class SeedMean:
     "Mean over training seeds, its interval, and where the uncertainty comes from."
@@ -335,6 +342,8 @@ def mean_over_seeds(
     values, replicates = np.asarray(values, np.float64), np.asarray(replicates, np.float64)
     replicates = replicates[:, np.isfinite(replicates).all(0)]
     seeds, mean, sampling = len(values), float(values.mean()), float(replicates.mean(0).var())
+    if tuple(bounds) == (0, 1) and np.ptp(np.c_[values, replicates]) == 0: # all alike, as at 0 and 1: the spread says nothing
+        return SeedMean(mean, *wilson_interval(mean, groups, level=level), seeds, 0., 0.)
     if seeds == 1 and training is None:
         return SeedMean(mean, *percentile_interval(replicates[0], level=level), 1, sampling**.5, float('nan'))
     variance, freedom = training or (seed_variance(values, replicates), seeds - 1)

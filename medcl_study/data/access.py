@@ -405,7 +405,7 @@ def _get_file(remote, folder, say, timeout):
     if remote.unpack: say(f'  unpacking {path.name}')
     write_json(notes, done | {path.name: unpack(path) if remote.unpack else [path.name]})
 
-# %% ../../nbs/19e_access.ipynb #951921ea
+# %% ../../nbs/19e_access.ipynb #04190f4b
 _STATUS_LINE = '{:18} {:10} {:12} {:36} {}'
 
 
@@ -475,13 +475,14 @@ def _pack(given):
 
 def _describe(given):
     about = {o: getattr(given, o) for o in ('name', 'description', 'licence', 'url', 'citation')}
-    print(write_croissant(given.manifest, given.out, **about))
+    columns = dict(o.partition('=')[::2] for o in given.columns.split(',') if o)
+    print(write_croissant(given.manifest, given.out, columns=columns, **about))
 
 
 def _group_tiles(given):
     for tissue, tiles in group_tiles(_root(given)/DATA_SETS['lc25000_colon'].folder).items(): print(f'{tissue:10} {tiles:,} tiles')
 
-# %% ../../nbs/19e_access.ipynb #1dc3335d
+# %% ../../nbs/19e_access.ipynb #40563355
 _NAME = ('name', {'help': 'name of a data set; `medcl_data status` lists them'})
 _ONE_OR_ALL = ('name', {'help': 'name of a data set, or all'})
 _COMMANDS = { # command → function, help, example, arguments
@@ -502,6 +503,7 @@ _COMMANDS = { # command → function, help, example, arguments
                  'describe pairs.csv --name my-pairs --description "…" --licence CC-BY-4.0 --url https://…',
                  [('manifest', {'help': '.csv, .jsonl or .parquet'}), *((f'--{o}', {'required': True, 'help': 'of the list'}) for o in
                   ('name', 'description', 'licence', 'url')), ('--citation', {'default': '', 'help': 'how to cite it'}),
+                  ('--columns', {'default': '', 'help': 'where names differ, ours=theirs: text=caption,group=patient_id'}),
                   ('--out', {'help': 'file; default: beside the manifest'})]),
     'group-tiles': (_group_tiles, 'find which images of LC25000 show one tile, so that it can be split', 'group-tiles', []),
 }

@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import DataError, write_json
 from .pairs import read_manifest
 
-# %% ../../nbs/19g_croissant.ipynb #fb1e8cac
+# %% ../../nbs/19g_croissant.ipynb #68018b36
 _CONTEXT = { # of Croissant 1.1
     '@language': 'en', '@vocab': 'https://schema.org/', 'arrayShape': 'cr:arrayShape', 'citeAs': 'cr:citeAs', 'column': 'cr:column',
     'conformsTo': 'dct:conformsTo', 'containedIn': 'cr:containedIn', 'cr': 'http://mlcommons.org/croissant/',
@@ -66,14 +66,17 @@ def describe(
     citation: str = '',
     version: str = '1.0.0',
     date: str = '', # of publication, 2026-01-31
-    columns=None, # of `read_manifest`: ours → theirs
+    columns=None, # ours → theirs, where the names differ, as for `read_manifest`
 ) -> dict: # JSON-LD
     "Describe a manifest in Croissant 1.1; raises `DataError` for a manifest that cannot be read, or an empty field."
     path = Path(manifest)
     given = {'name': name, 'description': description, 'licence': licence, 'url': url}
     if empty := [k for k, v in given.items() if not v.strip()]: raise DataError(f'{", ".join(empty)}: nothing given', file=path)
+    frame, ours = _columns_of(path), {o: (columns or {}).get(o, o) for o in ('image', 'text')}
+    if absent := [theirs for theirs in ours.values() if theirs.partition('.')[0] not in frame]:
+        raise DataError(f'no column {", ".join(map(repr, absent))}; the columns are {list(frame)}', file=path,
+                        remedy='Say what they are called there: columns, ours=theirs, as in text=caption.')
     read_manifest(path, columns=columns or {}) # names every bad row
-    frame = _columns_of(path)
     file = {'@type': 'cr:FileObject', '@id': path.name, 'name': path.name, 'contentUrl': path.name, 'encodingFormat': _FORMATS[path.suffix],
             'sha256': _sha256(path), 'contentSize': f'{path.stat().st_size} B'}
     records = {'@type': 'cr:RecordSet', '@id': 'pairs', 'name': 'pairs', 'description': f'{len(frame):,} image–text pairs, one per row.',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Adapter', 'as_encoder']
 
-# %% ../../nbs/25_adapters.ipynb #42fc5bcd
+# %% ../../nbs/25_adapters.ipynb #0a34d285
 import uuid
 from collections.abc import Callable
 
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import content_hash
 from .dual import DualEncoder, Encoded
 
-# %% ../../nbs/25_adapters.ipynb #27710791
+# %% ../../nbs/25_adapters.ipynb #f27515d2
 class Adapter(nn.Module):
-    "A model behind `encode_image` and `encode_text`; features of it are never taken for those of another object."
+    "A model behind `encode_image` and `encode_text`; its features are never taken for those of another model."
     def __init__(self,
         model, # module or any other object; kept, so that its weights move with the adapter
-        image: Callable, # float (n, 3, size, size), normalised → (n, d); uint8 (n, 3, h, w) where `size` is None
-        text: Callable, # list of n strings → (n, d)
+        image: Callable, # (model, float (n, 3, size, size), normalised) → (n, d); uint8 (n, 3, h, w) where `size` is None
+        text: Callable, # (model, list of n strings) → (n, d)
         *,
         size: int | None = None, # pixels; None: the model prepares its images itself
         mean=(0., 0., 0.), # per channel, of pixels in 0…1
@@ -29,11 +30,25 @@ class Adapter(nn.Module):
         scale: float = 1.0, # inverse temperature
     ):
         super().__init__()
-        self.model, self.read_image, self.read_text, self.size, self.scale = model, image, text, size, float(scale)
+        self.model, self.image_of, self.text_of, self.size, self.scale = model, image, text, size, float(scale)
         for name, value in (('mean', mean), ('std', std)): self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self._name = uuid.uuid4().hex
 
-    def hash(self) -> str: return self._name
+    @property
+    def lasting(self) -> bool: # False: what the features depend on cannot be known, and they are not kept
+        "Whether features may be kept beyond this object."
+        return callable(getattr(self.model, 'hash', None)) or bool(self.state_dict())
+
+    def hash(self) -> str:
+        "Hash the weights; an object without any is its own."
+        if callable(own := getattr(self.model, 'hash', None)): return own()
+        if not self.state_dict(): return self._name
+        raw = lambda o: o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        tensors = (part for k, o in sorted(self.state_dict().items()) for part in (k, list(o.shape), raw(o)))
+        return content_hash(type(self.model).__qualname__, self.size, self.mean.cpu().numpy(), self.std.cpu().numpy(), *tensors)
+
+    def read_image(self, pixels): return self.image_of(self.model, pixels)
+    def read_text(self, texts): return self.text_of(self.model, texts)
 
     def prepare(self,
         images, # uint8 (n, c, h, w), tensor or array, c 1 or 3
@@ -62,7 +77,7 @@ def _encoded(found, n):
     if vectors.ndim != 2 or len(vectors) != n: raise ValueError(f'the model gave {tuple(vectors.shape)} for {n} rows; expected ({n}, d)')
     return Encoded(F.normalize(vectors, dim=-1), vectors)
 
-# %% ../../nbs/25_adapters.ipynb #4c6b1bf1
+# %% ../../nbs/25_adapters.ipynb #af93bc08
 _CLIP = {'mean': (0.48145466, 0.4578275, 0.40821073), 'std': (0.26862954, 0.26130258, 0.27577711)}
 _HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 
@@ -81,21 +96,22 @@ def _of_open_clip(model, tokenizer):
     says = getattr(model.visual, 'preprocess_cfg', None) or {}
     size = says.get('size') or model.visual.image_size
     pixels = {k: tuple(says.get(k) or getattr(model.visual, f'image_{k}', None) or v) for k, v in _CLIP.items()}
-    def text(texts): return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
-    return Adapter(model, model.encode_image, text, size=size if isinstance(size, int) else size[0], scale=_scale_of(model), **pixels)
+    def image(model, x): return model.encode_image(x)
+    def text(model, texts): return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
+    return Adapter(model, image, text, size=size if isinstance(size, int) else size[0], scale=_scale_of(model), **pixels)
 
 
 def _of_hugging_face(model, tokenizer):
     _need(tokenizer, model, 'AutoProcessor.from_pretrained(folder)')
     siglip, seen = 'siglip' in model.config.model_type, getattr(tokenizer, 'image_processor', None)
     pixels = (_HALF if siglip else _CLIP) if seen is None else {'mean': tuple(seen.image_mean), 'std': tuple(seen.image_std)}
-    words, device = getattr(tokenizer, 'tokenizer', tokenizer), next(model.parameters()).device
+    words = getattr(tokenizer, 'tokenizer', tokenizer)
     limit = model.config.text_config.max_position_embeddings
     def vectors(out): return getattr(out, 'pooler_output', out) # newer versions return an output object
-    def image(x): return vectors(model.get_image_features(pixel_values=x))
-    def text(texts):
+    def image(model, x): return vectors(model.get_image_features(pixel_values=x))
+    def text(model, texts):
         tokens = words(texts, padding='max_length' if siglip else True, truncation=True, max_length=limit, return_tensors='pt')
-        return vectors(model.get_text_features(**{k: v.to(device) for k, v in tokens.items()}))
+        return vectors(model.get_text_features(**{k: v.to(next(model.parameters()).device) for k, v in tokens.items()}))
     return Adapter(model, image, text, size=model.config.vision_config.image_size, scale=_scale_of(model), **pixels)
 
 
@@ -103,7 +119,7 @@ def _of_user(model, tokenizer):
     lacks = [o for o in ('encode_image', 'encode_text') if not callable(getattr(model, o, None))]
     if lacks: raise TypeError(f'{type(model).__name__} has no {" and no ".join(lacks)}; an encoder offers encode_image(uint8 (n, 3, h, w)) '
                               'and encode_text(list of strings), each giving (n, d)')
-    return Adapter(model, model.encode_image, model.encode_text, scale=_scale_of(model))
+    return Adapter(model, lambda model, x: model.encode_image(x), lambda model, texts: model.encode_text(texts), scale=_scale_of(model))
 
 # %% ../../nbs/25_adapters.ipynb #6b3f2d8f
 def as_encoder(

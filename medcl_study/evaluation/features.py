@@ -40,7 +40,7 @@ def pixel_reader(
         return pixels[..., None] if pixels.ndim == 3 else pixels
     return read
 
-# %% ../../nbs/60_features.ipynb #b2afb96c
+# %% ../../nbs/60_features.ipynb #9d4f8f8e
 @contextlib.contextmanager
 def _frozen(encoder):
     "Run a module in evaluation mode without gradient, then give each of its parts the mode it had."
@@ -59,6 +59,9 @@ def _fields(encoded, outputs):
         value = encoded if isinstance(encoded, torch.Tensor) and name in OUTPUTS else getattr(encoded, name, None)
         if value is None: raise DataError(f'the encoder gives no {name!r}', remedy='Choose another output or scorer.')
         out[name] = value.cpu() if value.dtype == torch.bool else value.float().cpu()
+        bad = ~torch.isfinite(out[name]).flatten(1).all(1)
+        if bad.any(): raise DataError(f'the encoder gives NaN or infinity in {name!r}, for {int(bad.sum())} of {len(bad)} rows of a batch',
+                                      remedy='Such an encoder has no score: check its weights and its precision.')
     return out
 
 

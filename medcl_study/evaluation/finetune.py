@@ -104,7 +104,7 @@ class Classifier(nn.Module):
                 for decay, own in ((config.weight_decay, [o for o in layer if o.requires_grad and o.ndim > 1]),
                                    (0., [o for o in layer if o.requires_grad and o.ndim < 2])) if own]
 
-# %% ../../nbs/62c_finetune.ipynb #8373dc0c
+# %% ../../nbs/62c_finetune.ipynb #115eac00
 @dataclass(frozen=True)
 class Labelled:
     "Images and targets of one split, read batch by batch."
@@ -148,7 +148,7 @@ def fit_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [o['lr'] for o in groups], epochs * math.ceil(len(train) / config.batch_size), pct_start=.1,
             cycle_momentum=False)
-        model.history, best = [], math.inf
+        model.history, best, kept, at = [], math.inf, copy.deepcopy(model.state_dict()), 0
         for epoch in range(epochs):
             _epoch(model.train(), train, optimizer, schedule, config.batch_size)
             model.history.append(float(_loss(valid.outputs(model.eval()), valid.y.to(device))))

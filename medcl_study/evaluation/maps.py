@@ -71,7 +71,7 @@ class Maps(nn.Module):
         "Return the maps of images."
         return self.levels(self.read(images))
 
-# %% ../../nbs/60a_maps.ipynb #dab459f0
+# %% ../../nbs/60a_maps.ipynb #aa424df7
 FINEST, COARSEST = 4, 32 # strides of the pyramid, in pixels
 
 
@@ -82,6 +82,8 @@ def read(self: Maps,
     "Run the network; without gradient where it is frozen."
     with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
         maps = self._stages(images) if self.staged else [self._patches(images)]
+    if not all(torch.isfinite(o).all() for o in maps):
+        raise DataError('the encoder gives NaN or infinity', remedy='Such an encoder has no score: check its weights and its precision.')
     return [o.float().contiguous() for o in maps]
 
 
