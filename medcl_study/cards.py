@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['model_card', 'share']
 
-# %% ../nbs/77_cards.ipynb #8bfa7b4e
-import os
+# %% ../nbs/77_cards.ipynb #cf84a01e
 import shutil
 from pathlib import Path
 

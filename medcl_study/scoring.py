@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SCORE', 'EvaluationSet', 'evaluation_set', 'Reading', 'score_entries', 'evaluate']
 
-# %% ../nbs/69b_scoring.ipynb #d9a20745
-import dataclasses
+# %% ../nbs/69b_scoring.ipynb #d42386b6
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from .core import DataError
 from .data.phantom import MODALITIES, phantom_corpus
 from .data.sets.base import twin_prompts
 from .data.sets.sample import SAMPLE_SETS, sample_prompts
-from .data.tasks import CLASSIFICATION, PROTOCOLS, SUITES, TASKS, Entry, parse_entry
+from .data.tasks import CLASSIFICATION, SUITES, TASKS, Entry, parse_entry
 from .data.text import PROMPTS
 from .encoders.adapters import Adapter, as_encoder
 from .evaluation.detection import detection
@@ -107,7 +106,7 @@ def evaluation_set(
     if make: return make(entry, run)
     raise ValueError(f'unknown evaluation set {entry.set!r}; known are phantom, pairs, {", ".join([*SAMPLE_SETS, *TASKS])}')
 
-# %% ../nbs/69b_scoring.ipynb #3468046a
+# %% ../nbs/69b_scoring.ipynb #89e574e1
 @dataclass(frozen=True)
 class Reading:
     "How an encoder is read."
@@ -131,14 +130,11 @@ def _learned(function, *, reads=False, **options): # protocols that learn from t
     return score
 
 
-def _retrieve(o, store, how, scored):
-    test = o.part(scored)
-    return [retrieval(store, test.corpus, o.task, images=test.images, scorer=how.scorer)]
-
-
-def _change_captions(o, store, how, scored):
-    test = o.part(scored)
-    return [caption_changes(store, test.corpus, o.task, images=test.images, scorer=how.scorer)]
+def _of_pairs(function): # protocols that compare images with their texts
+    def score(o, store, how, scored):
+        test = o.part(scored)
+        return [function(store, test.corpus, o.task, images=test.images, scorer=how.scorer)]
+    return score
 
 
 def _ground(o, store, how, scored):
@@ -151,7 +147,8 @@ SCORE = { # key of PROTOCOLS → (set under the protocol, store, reading, scored
     'zeroshot': _by_prompts(zero_shot), 'robustness': _by_prompts(robustness),
     'probe': _learned(linear_probe, reads=True), 'probe_released': _learned(partial(linear_probe, probe='released')),
     'knn': _learned(nearest_neighbours, reads=True), 'finetuned': _learned(finetune),
-    'retrieval': _retrieve, 'caption_changes': _change_captions, 'grounding': _ground, 'vqa': _learned(answer_questions),
+    'retrieval': _of_pairs(retrieval), 'caption_changes': _of_pairs(caption_changes), 'grounding': _ground,
+    'vqa': _learned(answer_questions),
     'segmentation_linear': _learned(segmentation, head='linear'), 'segmentation_frozen': _learned(segmentation, head='unet'),
     'segmentation_finetuned': _learned(segmentation, head='unet', finetune=True),
     'detection_frozen': _learned(detection), 'detection_finetuned': _learned(detection, finetune=True),

@@ -300,7 +300,7 @@ def test_a_smaller_budget_lies_inside_a_larger_one(splits):
     maps = Maps(Grey(), torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
     parts = {k: Part.of(o, o, CLASSES, maps, True) for k, o in splits.items()}
     for draw in range(3):
-        small, large, whole = (module._rows(parts, splits, o, draw, 0) for o in ('0.2', '0.6', ''))
+        small, large, whole = (module.chosen_rows(parts, splits, o, draw, 0) for o in ('0.2', '0.6', ''))
         for k in ('train', 'valid'): assert set(small[k]) <= set(large[k]) <= set(whole[k]) and len(small[k]) < len(large[k])
 
 
@@ -308,7 +308,7 @@ def test_validation_rows_are_whole_groups_of_the_training_rows_where_there_are_n
     train = corpus_of(30, 5, share=3)
     maps = Maps(Grey(), torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
     part = Part.of(train, train, CLASSES, maps, True)
-    rows = module._rows({'train': part, 'valid': part}, {'train': train, 'test': splits['test']}, '', 0, 0)
+    rows = module.chosen_rows({'train': part, 'valid': part}, {'train': train, 'test': splits['test']}, '', 0, 0)
     apart = [set(part.groups[rows[k]]) for k in ('train', 'valid')]
     assert not apart[0] & apart[1] and len(rows['train']) + len(rows['valid']) == 30 and len(rows['valid']) >= 3
     assert values(segmentation(Grey(), TASK, {'train': train, 'test': splits['test']})) > .7
@@ -318,7 +318,7 @@ def test_many_validation_rows_are_looked_at_in_part(splits, monkeypatch):
     monkeypatch.setattr(module, 'MOST_VALID', 5)
     maps = Maps(Grey(), torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
     parts = {k: Part.of(o, o, CLASSES, maps, True) for k, o in splits.items()}
-    assert len(set(module._rows(parts, splits, '', 0, 0)['valid'])) == 5
+    assert len(set(module.chosen_rows(parts, splits, '', 0, 0)['valid'])) == 5
 
 
 def test_bad_input_is_refused_by_name(splits):

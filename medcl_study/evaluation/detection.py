@@ -6,10 +6,10 @@
 __all__ = ['WIDTH', 'CONVOLUTIONS', 'UNIT', 'LEAST_SCORE', 'LOOKS', 'PATIENCE', 'whole', 'Part', 'chosen_maps', 'Detector',
            'Schedule', 'predicted', 'judge', 'fit_detector', 'detection', 'trained']
 
-# %% ../../nbs/67a_detection.ipynb #7b2c8444
+# %% ../../nbs/67a_detection.ipynb #9098b27c
 import copy
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,12 +21,11 @@ from torchvision.models.detection.fcos import FCOS, FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 
-from ..core import DataError, generator, seed_from
+from ..core import DataError, seed_from
 from ..data.budgets import DRAWS, protocol_name
-from .features import check_length, pixel_reader, sample_groups
+from .features import check_length, sample_groups
 from .maps import FINEST, Maps, MapStore, frame_size, truth_boxes
-from .probe import _check_disjoint
-from .segmentation import _order, _rows
+from .segmentation import chosen_rows, drawn_order, learning_maps, split_maps
 from ..measures.boxes import average_precision
 from ..measures.weights import Undefined
 from ..predictions import FULL, MOST_BOXES, Task, concat_predictions, prediction_rows
@@ -141,7 +140,7 @@ class Detector(nn.Module):
         out = {k: list(o.split(sizes, 1)) for k, o in out.items()}
         return self.net.postprocess_detections(out, [list(o.split(sizes)) for o in places], [(self.size, self.size)] * len(places))
 
-# %% ../../nbs/67a_detection.ipynb #17a776c2
+# %% ../../nbs/67a_detection.ipynb #3c2b44ab
 @dataclass(frozen=True)
 class Schedule:
     "How long and how fast a detector is trained."
@@ -200,7 +199,7 @@ def fit_detector(
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.decay)
     cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, [o['lr'] for o in groups], steps, pct_start=.1, cycle_momentum=False)
     seen, best, state = [], 0., None
-    for step, o in enumerate(_order(rows['train'], schedule.batch(len(rows['train'])), steps, key), 1):
+    for step, o in enumerate(drawn_order(rows['train'], schedule.batch(len(rows['train'])), steps, key), 1):
         learners.train()
         optimizer.zero_grad()
         detector.loss(train.store.batch(o), train.boxes(o)).backward()
@@ -214,7 +213,7 @@ def fit_detector(
     learners.load_state_dict(state)
     return seen
 
-# %% ../../nbs/67a_detection.ipynb #5543aedf
+# %% ../../nbs/67a_detection.ipynb #6d08997c
 def detection(
     encoder, # encoder or FeatureStore, see `Maps`
     task: Task, # of kind 'detection'; its classes are labels of regions
@@ -229,11 +228,13 @@ def detection(
 ) -> pd.DataFrame: # prediction rows of protocol 'detection_frozen' or 'detection_finetuned', one per test image
     "Train a detector and let it find boxes in the test split; raises `DataError`, and `ValueError` for a task of another kind."
     if task.kind != 'detection': raise ValueError(f'task {task.name!r} is of kind {task.kind!r}, expected detection')
-    parts = _parts(encoder, task, splits, images)
+    sources, maps = split_maps(encoder, task, splits, images)
+    parts = {k: Part.of(o, sources[k], task.classes, maps) for k, o in splits.items()}
+    parts = {'valid': parts['train']} | parts # whose rows are set aside then
     name = 'detection_finetuned' if finetune else 'detection_frozen'
     protocol, found = protocol_name(name, labels), []
     for draw in range(draws or (1 if protocol == name else DRAWS)):
-        rows = _rows(parts, splits, labels, draw, seed)
+        rows = chosen_rows(parts, splits, labels, draw, seed)
         if not len(parts['train'].sides(rows['train'])): raise DataError(
             f'no training row of draw {draw} has a box of {list(task.classes)}', file=splits['train'].name,
             remedy='A detector needs some; use more training rows, or another task.')
@@ -242,18 +243,6 @@ def detection(
         found.append(prediction_rows(task, test.ids, test.targets(every), predicted(detector, test, every), protocol=protocol,
                                      groups=test.groups, draw=draw))
     return concat_predictions(found)
-
-
-def _parts(encoder, task, splits, images):
-    "Check the splits and collect their true boxes; without validation rows, those of the training rows stand in."
-    missing = sorted({'train', 'test'} - set(splits))
-    if missing: raise DataError(f'task {task.name!r} lacks the splits {missing}')
-    _check_disjoint(splits)
-    sources = {k: o if images is None else images[k] for k, o in splits.items()}
-    first = pixel_reader(sources['train'])([0])
-    maps = Maps(encoder, torch.from_numpy(np.ascontiguousarray(first.transpose(0, 3, 1, 2))))
-    parts = {k: Part.of(o, sources[k], task.classes, maps) for k, o in splits.items()}
-    return {'valid': parts['train']} | parts
 
 
 def trained(
@@ -273,7 +262,6 @@ def trained(
         detector = Detector(maps.channels, maps.strides, parts['train'].size, classes, parts['train'].sides(rows['train'])).to(maps.device)
         if finetune:
             fit_detector(detector, parts['train'], parts['valid'], rows, steps=schedule.warm, schedule=schedule, key=(*key, 'warm'))
-            maps = Maps(encoder, parts['train'].store.pixels([0]), trainable=True)
-            parts = {k: replace(o, store=MapStore(maps, o.store.source)) for k, o in parts.items()}
+            parts = learning_maps(encoder, parts)
         seen = fit_detector(detector, parts['train'], parts['valid'], rows, steps=schedule.steps(n), schedule=schedule, key=key)
     return detector, parts['test'], seen

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'LOOKS', 'PATIENCE', 'MOST_VALID', 'dice_loss', 'segmentation_loss', 'LinearHead', 'UNetHead', 'Part',
-           'Schedule', 'judge', 'train_head', 'segmentation']
+           'Schedule', 'judge', 'train_head', 'drawn_order', 'segmentation', 'split_maps', 'chosen_rows',
+           'learning_maps']
 
 # %% ../../nbs/67_segmentation.ipynb #b52c65e2
 import copy
@@ -134,7 +135,7 @@ class Part:
         "Measure which share of the pixels belongs to each class."
         return sum(self.masks(o).float().mean((2, 3)).sum(0) for o in self.chunks(rows)) / len(rows)
 
-# %% ../../nbs/67_segmentation.ipynb #7085b7dc
+# %% ../../nbs/67_segmentation.ipynb #a6ca8b35
 @dataclass(frozen=True)
 class Schedule:
     "How long and how fast a head is trained."
@@ -190,7 +191,7 @@ def train_head(
     optimizer = torch.optim.Adam(groups, weight_decay=1e-6)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, state, worse = (-1., 0.), None, 0
-    for step, o in enumerate(_order(rows['train'], batch, steps, key), 1):
+    for step, o in enumerate(drawn_order(rows['train'], batch, steps, key), 1):
         learners.train()
         loss = segmentation_loss(train.logits(head, o), train.masks(o))
         optimizer.zero_grad()
@@ -205,13 +206,13 @@ def train_head(
     return best
 
 
-def _order(rows, batch, steps, key):
+def drawn_order(rows, batch, steps, key):
     "Draw the rows of each step, every image once per epoch."
     epochs = -(-steps * batch // len(rows))
     order = np.concatenate([rows[generator(*key, epoch).permutation(len(rows))] for epoch in range(epochs)])
     return order[:steps * batch].reshape(steps, batch)
 
-# %% ../../nbs/67_segmentation.ipynb #6a283128
+# %% ../../nbs/67_segmentation.ipynb #a55c2693
 def segmentation(
     encoder, # encoder or FeatureStore, see `Maps`
     task: Task, # of kind 'segmentation'; its classes are labels of regions
@@ -228,11 +229,11 @@ def segmentation(
     name = next((k for k, (kind, o) in PROTOCOLS.items() if (kind, o.tower > 0) == (head, finetune)), None)
     if name is None: raise ValueError(f'head={head!r} with finetune={finetune}: expected '
                                       "'linear' (frozen) or 'unet' (frozen or fine-tuned)")
-    parts = _parts(encoder, task, splits, images, seed, last=head == 'linear')
+    parts = _parts(encoder, task, splits, images, last=head == 'linear')
     protocol, (_, schedule) = protocol_name(name, labels), PROTOCOLS[name]
     draws, found = draws or (1 if protocol == name else DRAWS), []
     for draw in range(draws):
-        rows = _rows(parts, splits, labels, draw, seed)
+        rows = chosen_rows(parts, splits, labels, draw, seed)
         if not (share := parts['train'].share(rows['train'])).any(): raise DataError(
             f'no training row of draw {draw} has a region of {list(task.classes)}', file=splits['train'].name,
             remedy='A head needs some; use more training rows, or another task.')
@@ -241,19 +242,29 @@ def segmentation(
     return concat_predictions(found)
 
 
-def _parts(encoder, task, splits, images, seed, last):
-    "Check the splits and draw their true masks; without validation rows, those of the training rows stand in."
+def _parts(encoder, task, splits, images, last):
+    "Draw the true masks of all splits; without validation rows, some of the training rows are set aside later."
+    sources, maps = split_maps(encoder, task, splits, images)
+    parts = {k: Part.of(o, sources[k], task.classes, maps, last) for k, o in splits.items()}
+    return {'valid': parts['train']} | parts
+
+
+def split_maps(
+    encoder, # encoder or FeatureStore
+    task: Task,
+    splits: dict, # 'train', 'test' and perhaps 'valid' -> corpus
+    images: dict | None, # split -> where its pixels are; None = in the corpora themselves
+) -> tuple[dict, Maps]: # split -> where its pixels are, and the frozen maps of the encoder
+    "Check the splits and measure an encoder's maps on their first image; raises `DataError`."
     missing = sorted({'train', 'test'} - set(splits))
     if missing: raise DataError(f'task {task.name!r} lacks the splits {missing}')
     _check_disjoint(splits)
     sources = {k: o if images is None else images[k] for k, o in splits.items()}
     first = pixel_reader(sources['train'])([0])
-    maps = Maps(encoder, torch.from_numpy(np.ascontiguousarray(first.transpose(0, 3, 1, 2))))
-    parts = {k: Part.of(o, sources[k], task.classes, maps, last) for k, o in splits.items()}
-    return {'valid': parts['train']} | parts
+    return sources, Maps(encoder, torch.from_numpy(np.ascontiguousarray(first.transpose(0, 3, 1, 2))))
 
 
-def _rows(parts, splits, labels, draw, seed):
+def chosen_rows(parts, splits, labels, draw, seed):
     "Choose training and validation rows, in the order of their ids."
     base = {k: np.arange(len(parts[k].ids)) for k in ('train', 'valid')}
     if 'valid' not in splits:
@@ -277,7 +288,7 @@ def _trained(encoder, parts, rows, share, schedule, key):
             now, head = parts, _head(parts['train'], rows['train'], share)
             if schedule.warm:
                 train_head(head, *_two(now), rows, replace(schedule, epochs=0, least=schedule.warm), rate=rate, key=(*key, 'warm'))
-                now = _learning(encoder, parts)
+                now = learning_maps(encoder, parts)
             found = train_head(head, *_two(now), rows, schedule, rate=rate, key=key)
         if found > best[0]: best = found, now['test'], head
     return best[1:]
@@ -286,8 +297,11 @@ def _trained(encoder, parts, rows, share, schedule, key):
 def _two(parts): return parts['train'], parts['valid']
 
 
-def _learning(encoder, parts):
-    "Put the maps of a tower that learns in place of the frozen ones."
+def learning_maps(
+    encoder, # with an image tower
+    parts: dict, # split -> Part, with a MapStore in `store`
+) -> dict: # the same
+    "Put the maps of a copy of the tower that learns in place of the frozen ones."
     maps = Maps(encoder, parts['train'].store.pixels([0]), trainable=True)
     return {k: replace(o, store=MapStore(maps, o.store.source)) for k, o in parts.items()}
 
